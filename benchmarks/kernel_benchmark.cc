@@ -1,0 +1,132 @@
+// The engine's kernels next to the limits of the machine, measured in one run.
+//
+//   build/benchmarks/bitcore_benchmark --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
+//
+// Forward/<kernel>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward, quantization and
+// thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N K / time;
+// GB/s counts packed weights.
+#include <benchmark/benchmark.h>
+
+#include <cstdint>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bitcore/executor.h"
+#include "bitcore/kernels/registry.h"
+#include "bitcore/ops/bitlinear.h"
+#include "limits.h"
+
+namespace bitcore::benchmarks {
+namespace {
+
+constexpr std::int64_t kRotationBytes = std::int64_t{96} << 20;
+
+struct Case {
+  std::string kernel;
+  std::int64_t tokens, out_features, in_features;
+  int threads;
+};
+
+/// At most `threads` of the default executor's threads.
+class LimitedExecutor final : public Executor {
+ public:
+  explicit LimitedExecutor(int threads) : threads_(threads) {}
+  int num_threads() const override { return threads_; }
+  void run(int count, const std::function<void(int)>& task) override { default_executor().run(count, task); }
+
+ private:
+  int threads_;
+};
+
+std::vector<float> random_floats(std::int64_t count) {
+  std::mt19937 engine(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+void forward(benchmark::State& state, const Case& c) {
+  const BitQuantConfig config{
+      .activation_dtype = c.kernel.starts_with("Float32") ? ActivationDtype::float32 : ActivationDtype::int8,
+      .activation_granularity = Granularity::per_channel};
+  const std::vector<float> weight = random_floats(c.out_features * c.in_features);
+  const bitlinear::PreparedWeights prepared =
+      bitlinear::prepare_weights({weight.data(), c.out_features, c.in_features}, config);
+  const std::size_t copies = static_cast<std::size_t>(kRotationBytes / prepared.shape.bytes() + 1);
+  std::vector<std::vector<std::uint8_t>> matrices(copies, prepared.qweight);
+  const std::vector<float> x = random_floats(c.tokens * c.in_features);
+  std::vector<float> y(static_cast<std::size_t>(c.tokens * c.out_features));
+  LimitedExecutor executor(c.threads);
+  std::size_t next = 0;
+  for (auto _ : state) {
+    const ConstMatrixView qweight(matrices[next].data(), c.out_features, prepared.shape.row_bytes());
+    bitlinear::forward({x.data(), c.tokens, c.in_features}, prepared.scale, qweight, {}, config,
+                       {y.data(), c.tokens, c.out_features}, {&executor, c.kernel});
+    next = (next + 1) % copies;
+  }
+  const double operations = 2.0 * static_cast<double>(c.tokens * c.out_features * c.in_features);
+  state.counters["GOPS"] = benchmark::Counter(operations * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GB/s"] = benchmark::Counter(static_cast<double>(prepared.shape.bytes()) * 1e-9,
+                                              benchmark::Counter::kIsIterationInvariantRate);
+}
+
+// On the default executor, so that threads start as they do for the kernels.
+void read_bandwidth(benchmark::State& state) {
+  const int threads = static_cast<int>(state.range(0));
+  const std::vector<std::uint8_t> bytes(static_cast<std::size_t>(kRotationBytes), 1);
+  const std::size_t part = bytes.size() / static_cast<std::size_t>(threads);
+  for (auto _ : state) {
+    default_executor().run(threads, [&](int task) {
+      benchmark::DoNotOptimize(read_all({bytes.data() + static_cast<std::size_t>(task) * part, part}));
+    });
+  }
+  state.counters["GB/s"] =
+      benchmark::Counter(static_cast<double>(kRotationBytes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void vnni_peak(benchmark::State& state) {
+  const int threads = static_cast<int>(state.range(0));
+  constexpr std::int64_t kRounds = 200'000;
+  for (auto _ : state) {
+    default_executor().run(threads, [&](int) { benchmark::DoNotOptimize(vnni_multiply_adds(kRounds)); });
+  }
+  const double operations = 2.0 * threads * static_cast<double>(kRounds) * 24 * 64;
+  state.counters["GOPS"] = benchmark::Counter(operations * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+void register_forward(const Case& c) {
+  const std::string name = "Forward/" + c.kernel + "/" + std::to_string(c.tokens) + "/" +
+                           std::to_string(c.out_features) + "/" + std::to_string(c.in_features) + "/" +
+                           std::to_string(c.threads);
+  benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& state) { forward(state, c); })->UseRealTime();
+}
+
+void register_all() {
+  for (const int threads : {1, 2}) {
+    benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Arg(threads)->UseRealTime();
+    if (has_vnni()) benchmark::RegisterBenchmark("Limit/VnniPeak", vnni_peak)->Arg(threads)->UseRealTime();
+  }
+  for (const auto& kernel : KernelRegistry::all_kernels()) {
+    if (!kernel->is_supported() || kernel->name() == "ReferenceKernel") continue;
+    for (const int threads : {1, 2}) {
+      for (const std::int64_t tokens : {1, 4, 12, 32, 128, 512}) {
+        register_forward({std::string(kernel->name()), tokens, 2560, 2560, threads});
+        register_forward({std::string(kernel->name()), tokens, 6912, 2560, threads});
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitcore::benchmarks
+
+int main(int argc, char** argv) {
+  bitcore::benchmarks::register_all();
+  benchmark::Initialize(&argc, argv);
+  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
+  benchmark::RunSpecifiedBenchmarks();
+  benchmark::Shutdown();
+}

@@ -1,0 +1,66 @@
+/// @file base.h
+/// What a kernel is: one whole linear. Mirrors `bitcore.kernels.base`.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "bitcore/config.h"
+#include "bitcore/executor.h"
+#include "bitcore/ops/bitlinear.h"
+#include "bitcore/tensor.h"
+
+namespace bitcore {
+
+/// The arguments of one call, already validated against each other.
+struct LinearArgs {
+  ConstMatrixView x;                     ///< Floating (M, in_features), or int8 codes where x_scale is given.
+  std::span<const float> x_scale;        ///< Empty: the kernel quantizes x itself.
+  std::span<const float> qweight_scale;  ///< 1 or out_features floats.
+  ConstMatrixView qweight;               ///< What accepts() takes.
+  ConstVectorView bias;                  ///< Floating, or none.
+  BitQuantConfig config;
+  MatrixView y;        ///< Floating (M, out_features).
+  Executor* executor;  ///< Never null.
+};
+
+/// Base class of every kernel. A kernel keeps no state between calls; any number of threads call it at once.
+class BitKernelBase {
+ public:
+  virtual ~BitKernelBase() = default;
+
+  /// Unique in the registry, for example "Int8Avx512VnniKernel".
+  virtual std::string_view name() const = 0;
+
+  /// What the kernel needs of the machine, for people: "AVX-512 VNNI", "any CPU".
+  virtual std::string_view requirement() const { return "any CPU"; }
+
+  /// Whether this machine meets the requirement.
+  virtual bool is_supported() const { return true; }
+
+  /// Whether the kernel computes this config.
+  virtual bool is_compatible_with(const BitQuantConfig& config) const = 0;
+
+  /// The standard packed form unless overridden.
+  virtual bitlinear::PreparedWeights prepare_weights(ConstMatrixView weight, const BitQuantConfig& config) const;
+
+  /// Whether `qweight` is in the form that the kernel reads: uint8, by default.
+  virtual bool accepts(ConstMatrixView qweight) const;
+
+  /// Computes args.y by the contract.
+  /// @throws QuantizationError where the payload of qweight holds an invalid code (y is then unspecified).
+  virtual void operator()(const LinearArgs& args) const = 0;
+
+  /// How many tiles this kernel has computed: proof of which kernel ran.
+  std::uint64_t tile_calls() const { return tile_calls_.load(std::memory_order_relaxed); }
+
+ protected:
+  void count_tiles(std::uint64_t tiles) const { tile_calls_.fetch_add(tiles, std::memory_order_relaxed); }
+
+ private:
+  mutable std::atomic<std::uint64_t> tile_calls_{0};
+};
+
+}  // namespace bitcore

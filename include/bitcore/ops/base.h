@@ -1,0 +1,57 @@
+/// @file base.h
+/// Scales, quantization and its inverse. Mirrors `bitcore.ops.base`; formulas from BitNet b1.58 (arXiv 2402.17764).
+///
+/// Numbers: every quotient is a correctly rounded float32 division, every rounding is half to even.
+/// bfloat16 and float16 input is widened to float32 first. Every function checks its arguments and throws
+/// QuantizationError for a shape or dtype that does not fit.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "bitcore/config.h"
+#include "bitcore/executor.h"
+#include "bitcore/tensor.h"
+
+namespace bitcore {
+
+/// Smallest scale of a weight and smallest absmax of an activation.
+inline constexpr float kScaleFloor = 1e-5f;
+
+/// Number of weight scales: 1 per tensor, `out_features` per channel.
+std::int64_t weight_scale_size(std::int64_t out_features, const BitQuantConfig& config);
+
+/// Number of activation scales: 1 per tensor (and for float32 activations), `rows` per channel.
+std::int64_t x_scale_size(std::int64_t rows, const BitQuantConfig& config);
+
+/// absmean: max(float32(sum|W| / n), 1e-5), the float64 sum in the fixed order of docs/contract.md.
+/// NaN where a weight that it covers is NaN or infinite.
+/// @param weight (out_features, in_features), floating.
+void compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config, std::span<float> scale,
+                          Executor& executor = serial_executor());
+std::vector<float> compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config);
+
+/// clamp(round(W / scale), -1, 1) as int8; 0 where the quotient is NaN.
+void quantize_weight(ConstMatrixView weight, std::span<const float> scale, const BitQuantConfig& config,
+                     MatrixView qweight, Executor& executor = serial_executor());
+
+/// qweight * scale as float32. @param qweight int8 (out_features, in_features).
+void dequantize_weight(ConstMatrixView qweight, std::span<const float> scale, const BitQuantConfig& config,
+                       MatrixView weight);
+
+/// max(absmax, 1e-5) / 127; NaN where x has a NaN or an infinity among the elements that it covers.
+/// float32 activations: 1.
+void compute_x_scale(ConstMatrixView x, const BitQuantConfig& config, std::span<float> scale,
+                     Executor& executor = serial_executor());
+std::vector<float> compute_x_scale(ConstMatrixView x, const BitQuantConfig& config);
+
+/// clamp(round(x / scale), -128, 127) as int8; 0 where the scale or the quotient is NaN.
+/// @throws QuantizationError where the config's activations are float32: they have no codes.
+void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantConfig& config, MatrixView qx,
+                Executor& executor = serial_executor());
+
+/// qx * scale as float32. @param qx int8 (rows, in_features).
+void dequantize_x(ConstMatrixView qx, std::span<const float> scale, const BitQuantConfig& config, MatrixView x);
+
+}  // namespace bitcore

@@ -1,0 +1,98 @@
+/// @file bitlinear.h
+/// The ternary linear layer: prepare_weights, forward, and the straight-through backward. Mirrors
+/// `bitcore.ops.bitlinear`.
+///
+/// Shapes: x (M, in_features), weight (out_features, in_features), bias (out_features,), y (M, out_features).
+/// y = float(sum_k q_x q_w) * (s_x * s_w) + bias, rounded once to y's dtype. With int8 activations the bits of y are
+/// the same for every kernel and thread count. All functions are re-entrant.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "bitcore/config.h"
+#include "bitcore/executor.h"
+#include "bitcore/ops/packing.h"
+#include "bitcore/tensor.h"
+
+namespace bitcore::bitlinear {
+
+/// Weights ready for inference, in the standard packed form.
+struct PreparedWeights {
+  std::vector<float> scale;           ///< 1 element per tensor, out_features per channel.
+  std::vector<std::uint8_t> qweight;  ///< (out_features, shape.row_bytes()), contiguous.
+  PackedShape shape;
+
+  ConstMatrixView view() const { return {qweight.data(), shape.out_features, shape.row_bytes()}; }
+};
+
+/// How a call runs, never what it returns.
+struct Options {
+  Executor* executor = nullptr;  ///< Null: default_executor().
+  std::string_view kernel = {};  ///< A kernel's name; empty: the registry's choice.
+};
+
+/// Scale, ternary codes and packing in one go.
+/// @throws QuantizationError for a NaN or an infinity in the weight, a wrong shape or dtype.
+PreparedWeights prepare_weights(ConstMatrixView weight, const BitQuantConfig& config, Layout layout = Layout::automatic,
+                                Executor& executor = default_executor());
+
+/// What prepare_weights does with a weight that is not finite.
+enum class NonFinite {
+  reject,  ///< Throw.
+  keep,    ///< Its scale becomes NaN and its codes 0: outputs are NaN. Training forward does this.
+};
+
+/// prepare_weights into the caller's memory: `scale` of weight_scale_size() floats, `qweight` uint8
+/// (out_features, packed_shape().row_bytes()), contiguous.
+void prepare_weights_into(ConstMatrixView weight, const BitQuantConfig& config, Layout layout, NonFinite non_finite,
+                          std::span<float> scale, MatrixView qweight, Executor& executor);
+
+/// Inference.
+/// @param qweight Packed uint8, or plain int8 codes (out_features, in_features), which are packed on every call (slow).
+/// @param bias Floating, out_features elements, or none.
+/// @param y Floating; its dtype decides the rounding.
+/// @throws QuantizationError, KernelNotFoundError
+void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight, ConstVectorView bias,
+             const BitQuantConfig& config, MatrixView y, const Options& options = {});
+
+/// The same with prepared weights.
+void forward(ConstMatrixView x, const PreparedWeights& weights, ConstVectorView bias, const BitQuantConfig& config,
+             MatrixView y, const Options& options = {});
+
+/// What a training forward keeps for backward; a few bits a weight and a byte an activation.
+struct SavedTensors {
+  std::vector<std::int8_t> qx;  ///< (M, in_features); empty with float32 activations.
+  std::vector<float> x_scale;   ///< x_scale_size(); empty with float32 activations.
+  ConstMatrixView x;            ///< float32 activations only: the caller keeps x alive until backward.
+  PreparedWeights weights;
+};
+
+/// Training forward: quantizes x and weight, computes y with the bits that inference on the prepared weights returns.
+/// A non-finite weight gives NaN, never an error.
+SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVectorView bias,
+                              const BitQuantConfig& config, MatrixView y, const Options& options = {});
+
+/// The part of forward_training that follows quantization: y from int8 codes and their scales. Values of the scales are
+/// not checked: NaN gives NaN.
+/// @param qx int8 (M, in_features); float32 activations: x itself.
+/// @param x_scale x_scale_size(M) floats; float32 activations: empty.
+void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::span<const float> qweight_scale,
+                       ConstMatrixView qweight, ConstVectorView bias, const BitQuantConfig& config, MatrixView y,
+                       const Options& options = {});
+
+/// float32 gradients, each skipped where its data is null.
+struct Gradients {
+  MatrixView dx;           ///< (M, in_features)
+  MatrixView dweight;      ///< (out_features, in_features)
+  float* dbias = nullptr;  ///< (out_features,)
+};
+
+/// Straight-through backward: dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY.
+/// @param dy float32 (M, out_features).
+void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
+              Executor& executor = default_executor());
+
+}  // namespace bitcore::bitlinear

@@ -1,0 +1,81 @@
+/// @file packing.h
+/// The packed ternary weight: sizes, packing, unpacking, checks. Mirrors `bitcore.ops.packing`.
+/// docs/packed-format.md describes the bytes.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "bitcore/tensor.h"
+
+namespace bitcore {
+
+/// How the payload of a packed weight stores its codes. The values are those of the trailer's layout field.
+enum class Layout : std::uint32_t {
+  automatic = 0,  ///< The fixed rule of automatic_layout(); never stored.
+  two_bit = 1,    ///< Four codes in a byte.
+};
+
+/// "auto" or "2bit".
+/// @throws QuantizationError for any other text.
+Layout parse_layout(std::string_view text);
+std::string_view to_string(Layout layout);
+
+/// What `Layout::automatic` stands for: a fixed rule of the shape alone, the same on every machine.
+Layout automatic_layout(std::int64_t out_features, std::int64_t in_features);
+
+/// Largest in_features: above it an int32 sum of int8 products could overflow.
+inline constexpr std::int64_t kMaxInFeatures = (std::int64_t{1} << 24) - 1;
+
+/// Output rows that a tile interleaves.
+inline constexpr std::int64_t kTileRows = 16;
+
+/// Bytes of the trailer that carry something; zeros follow.
+inline constexpr std::int64_t kTrailerBytes = 64;
+
+/// Sizes of a packed weight of shape (out_features, payload_row_bytes + trailer_row_bytes).
+struct PackedShape {
+  std::int64_t out_features = 0;
+  std::int64_t in_features = 0;
+  std::int64_t payload_row_bytes = 0;  ///< R
+  std::int64_t trailer_row_bytes = 0;  ///< T
+
+  std::int64_t row_bytes() const { return payload_row_bytes + trailer_row_bytes; }
+  std::int64_t payload_bytes() const { return out_features * payload_row_bytes; }
+  std::int64_t bytes() const { return out_features * row_bytes(); }
+};
+
+/// @throws QuantizationError where a size is below 1 or in_features is above kMaxInFeatures.
+PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, Layout layout = Layout::automatic);
+
+/// Packs int8 codes of shape (out_features, in_features) into `packed`, uint8 of shape
+/// (out_features, packed_shape().row_bytes()), contiguous. Every byte is written.
+/// @throws QuantizationError for a wrong shape, dtype, or a code that is not -1, 0 or 1.
+void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout = Layout::automatic);
+
+/// The same into a new buffer.
+std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout = Layout::automatic);
+
+/// Inverse of pack_weights: writes int8 codes of shape (out_features, in_features). Checks every byte, as
+/// check_qweight.
+/// @throws QuantizationError as check_qweight, or where `qweight` has a wrong shape or dtype.
+void unpack_weights(ConstMatrixView packed, MatrixView qweight);
+
+/// Rewrites a packed weight in another layout.
+std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_features, Layout layout);
+
+/// Reads every byte of a packed weight: length, trailer, checksum, codes.
+/// @throws QuantizationError that says what is damaged.
+void check_qweight(ConstMatrixView packed, std::int64_t in_features);
+
+/// The constant-time part of check_qweight: dtype, shape and trailer, not the payload. Returns the sizes and sets
+/// `layout`.
+/// @throws QuantizationError
+PackedShape check_trailer(ConstMatrixView packed, std::int64_t in_features, Layout* layout = nullptr);
+
+/// The trailer's checksum: with w_i the payload's little-endian 32-bit words, sum of w_i * P^i modulo 2^64,
+/// P = 0x9E3779B97F4A7C15. P is odd, so that a change of any one word changes the sum.
+std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes);
+
+}  // namespace bitcore

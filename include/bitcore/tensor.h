@@ -1,0 +1,100 @@
+/// @file tensor.h
+/// Views of memory that the caller owns. The engine copies no tensor that it can read in place.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace bitcore {
+
+/// Element types that the engine reads or writes.
+enum class DType : std::uint8_t { float32, bfloat16, float16, int8, uint8 };
+
+std::string_view to_string(DType dtype);
+
+/// Bytes of one element.
+constexpr std::size_t size_of(DType dtype) {
+  return dtype == DType::float32 ? 4 : (dtype == DType::bfloat16 || dtype == DType::float16) ? 2 : 1;
+}
+
+/// float32, bfloat16 or float16.
+constexpr bool is_floating(DType dtype) { return size_of(dtype) > 1; }
+
+namespace detail {
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::float32;
+};
+template <>
+struct DTypeOf<std::int8_t> {
+  static constexpr DType value = DType::int8;
+};
+template <>
+struct DTypeOf<std::uint8_t> {
+  static constexpr DType value = DType::uint8;
+};
+}  // namespace detail
+
+/// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart.
+struct ConstMatrixView {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;
+
+  ConstMatrixView() = default;
+  ConstMatrixView(const void* data, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t row_stride)
+      : data(data), dtype(dtype), rows(rows), cols(cols), row_stride(row_stride) {}
+  /// A contiguous matrix of float, int8_t or uint8_t.
+  template <class T>
+  ConstMatrixView(const T* data, std::int64_t rows, std::int64_t cols)
+      : ConstMatrixView(data, detail::DTypeOf<T>::value, rows, cols, cols) {}
+
+  /// First byte of a row.
+  const std::byte* row(std::int64_t index) const {
+    return static_cast<const std::byte*>(data) + static_cast<std::size_t>(index * row_stride) * size_of(dtype);
+  }
+};
+
+/// A matrix to write, laid out like ConstMatrixView.
+struct MatrixView {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  std::int64_t row_stride = 0;
+
+  MatrixView() = default;
+  MatrixView(void* data, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t row_stride)
+      : data(data), dtype(dtype), rows(rows), cols(cols), row_stride(row_stride) {}
+  /// A contiguous matrix of float, int8_t or uint8_t.
+  template <class T>
+  MatrixView(T* data, std::int64_t rows, std::int64_t cols)
+      : MatrixView(data, detail::DTypeOf<T>::value, rows, cols, cols) {}
+
+  operator ConstMatrixView() const { return {data, dtype, rows, cols, row_stride}; }
+
+  /// First byte of a row.
+  std::byte* row(std::int64_t index) const {
+    return static_cast<std::byte*>(data) + static_cast<std::size_t>(index * row_stride) * size_of(dtype);
+  }
+};
+
+/// A vector to read: `size` adjacent elements. `data == nullptr` stands for "none" where an argument is optional.
+struct ConstVectorView {
+  const void* data = nullptr;
+  DType dtype = DType::float32;
+  std::int64_t size = 0;
+
+  ConstVectorView() = default;
+  ConstVectorView(const void* data, DType dtype, std::int64_t size) : data(data), dtype(dtype), size(size) {}
+  ConstVectorView(const float* data, std::int64_t size) : ConstVectorView(data, DType::float32, size) {}
+
+  explicit operator bool() const { return data != nullptr; }
+};
+
+}  // namespace bitcore

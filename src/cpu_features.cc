@@ -1,0 +1,44 @@
+#include "cpu_features.h"
+
+#include <string_view>
+#include <vector>
+
+#include "bitcore/kernels/registry.h"
+
+namespace bitcore {
+
+#if defined(__x86_64__)
+
+bool cpu_has_avx512_vnni() {
+  // GCC's and Clang's builtin reads CPUID once and checks that the operating system saves the registers.
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+std::vector<std::string_view> cpu_features() {
+  std::vector<std::string_view> names = {"sse2"};
+  if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
+  if (__builtin_cpu_supports("fma")) names.push_back("fma");
+  if (__builtin_cpu_supports("avx512f")) names.push_back("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) names.push_back("avx512bw");
+  if (__builtin_cpu_supports("avx512vl")) names.push_back("avx512vl");
+  if (__builtin_cpu_supports("avx512vnni")) names.push_back("avx512vnni");
+  return names;
+}
+
+#else
+
+bool cpu_has_avx512_vnni() { return false; }
+
+std::vector<std::string_view> cpu_features() {
+#if defined(__aarch64__)
+  return {"neon"};
+#else
+  return {};
+#endif
+}
+
+#endif
+
+}  // namespace bitcore

@@ -1,0 +1,22 @@
+// The built-in kernels. A kernel made of tile functions is one new file that defines its table, a declaration here and
+// a line in the list of registry.cc.
+//
+// The tables are constants, not functions: nothing that is compiled for an instruction set runs before the CPU has been
+// asked whether it has it.
+#pragma once
+
+#include <memory>
+
+#include "bitcore/kernels/base.h"
+#include "kernels/tile_functions.h"
+
+namespace bitcore {
+
+extern const TileFunctions kInt8Avx512VnniTiles;   // int8_avx512vnni.cc
+extern const TileFunctions kInt8PortableTiles;     // int8_portable.cc
+extern const TileFunctions kFloat32PortableTiles;  // float32_portable.cc
+
+/// Plain loops for every config.
+std::shared_ptr<const BitKernelBase> make_reference_kernel();
+
+}  // namespace bitcore

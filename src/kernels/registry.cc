@@ -1,0 +1,177 @@
+#include "bitcore/kernels/registry.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <shared_mutex>
+
+#include "bitcore/exceptions.h"
+#include "cpu_features.h"
+#include "kernels/builtin.h"
+#include "kernels/tiled_kernel.h"
+
+namespace bitcore {
+namespace {
+
+using KernelPtr = KernelRegistry::KernelPtr;
+
+constexpr std::string_view kVariable = "BITLAB_KERNEL";
+
+KernelPtr tiled(std::string_view name, std::string_view requirement, bool supported, const TileFunctions& functions) {
+  return std::make_shared<TiledKernel>(name, requirement, supported, functions);
+}
+
+// Best first.
+std::vector<KernelPtr> builtin_kernels() {
+  return {
+#if defined(__x86_64__)
+    tiled("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles),
+#endif
+        tiled("Int8PortableKernel", "any CPU", true, kInt8PortableTiles),
+        tiled("Float32PortableKernel", "any CPU", true, kFloat32PortableTiles), make_reference_kernel(),
+  };
+}
+
+std::vector<std::string> split_names(const char* text) {
+  std::vector<std::string> names;
+  std::string name;
+  for (const char* c = text; c != nullptr; ++c) {
+    if (*c != ',' && *c != '\0') {
+      if (*c != ' ') name += *c;
+      continue;
+    }
+    if (!name.empty()) names.push_back(name);
+    name.clear();
+    if (*c == '\0') break;
+  }
+  return names;
+}
+
+struct State {
+  std::shared_mutex mutex;
+  std::vector<KernelPtr> kernels = builtin_kernels();  // user kernels first
+  std::size_t user_count = 0;
+  const std::vector<std::string> named = split_names(std::getenv(kVariable.data()));
+};
+
+State& state() {
+  static State instance;
+  return instance;
+}
+
+bool runs(const BitKernelBase& kernel, const BitQuantConfig& config) {
+  return kernel.is_supported() && kernel.is_compatible_with(config);
+}
+
+// The family name of the activation dtype: an alias for its best kernel.
+std::string_view family(ActivationDtype dtype) {
+  return dtype == ActivationDtype::int8 ? "Int8Kernel" : "Float32Kernel";
+}
+
+KernelPtr first_compatible(const State& s, const BitQuantConfig& config, std::size_t begin) {
+  for (std::size_t i = begin; i < s.kernels.size(); ++i) {
+    if (runs(*s.kernels[i], config)) return s.kernels[i];
+  }
+  throw KernelNotFoundError("no kernel covers " + to_string(config));
+}
+
+std::string known_names(const State& s) {
+  std::string names = "Int8Kernel, Float32Kernel";
+  for (const KernelPtr& kernel : s.kernels) names += ", " + std::string(kernel->name());
+  return names;
+}
+
+KernelPtr find_by_name(const State& s, std::string_view name, const BitQuantConfig& config) {
+  if (name == "Int8Kernel" || name == "Float32Kernel") {
+    if (name != family(config.activation_dtype)) {
+      throw KernelNotFoundError("kernel " + std::string(name) + " does not cover " + to_string(config));
+    }
+    return first_compatible(s, config, s.user_count);
+  }
+  for (const KernelPtr& kernel : s.kernels) {
+    if (kernel->name() != name) continue;
+    if (!kernel->is_supported()) {
+      throw KernelNotFoundError("kernel " + std::string(name) + " needs " + std::string(kernel->requirement()) +
+                                ", which this CPU does not have");
+    }
+    if (!kernel->is_compatible_with(config)) {
+      throw KernelNotFoundError("kernel " + std::string(name) + " does not cover " + to_string(config));
+    }
+    return kernel;
+  }
+  throw KernelNotFoundError("no kernel is named '" + std::string(name) + "'; known: " + known_names(s));
+}
+
+bool names_config(const State& s, const std::string& name, const BitQuantConfig& config) {
+  if (name == family(config.activation_dtype)) return true;
+  return std::any_of(s.kernels.begin(), s.kernels.end(),
+                     [&](const KernelPtr& kernel) { return kernel->name() == name && runs(*kernel, config); });
+}
+
+KernelPtr find_named_by_variable(const State& s, const BitQuantConfig& config) {
+  std::vector<std::string> fitting;
+  std::copy_if(s.named.begin(), s.named.end(), std::back_inserter(fitting),
+               [&](const std::string& name) { return names_config(s, name, config); });
+  if (fitting.size() == 1) return find_by_name(s, fitting.front(), config);
+  std::string text = std::string(kVariable) + "=";
+  for (const std::string& name : s.named) text += (name == s.named.front() ? "" : ",") + name;
+  text += fitting.empty() ? " names no kernel that runs here and covers " : " names more than one kernel for ";
+  throw KernelNotFoundError(text + to_string(config) + "; known: " + known_names(s));
+}
+
+}  // namespace
+
+KernelPtr KernelRegistry::get_kernel_for_config(const BitQuantConfig& config) {
+  State& s = state();
+  const std::shared_lock lock(s.mutex);
+  return s.named.empty() ? first_compatible(s, config, 0) : find_named_by_variable(s, config);
+}
+
+KernelPtr KernelRegistry::get_kernel_by_name(std::string_view name, const BitQuantConfig& config) {
+  State& s = state();
+  const std::shared_lock lock(s.mutex);
+  return find_by_name(s, name, config);
+}
+
+std::vector<std::string> KernelRegistry::list_available_kernels() {
+  State& s = state();
+  const std::shared_lock lock(s.mutex);
+  std::vector<std::string> names;
+  for (std::size_t i = 0; i < s.kernels.size(); ++i) {
+    if (i == s.user_count) names.insert(names.end(), {"Int8Kernel", "Float32Kernel"});
+    if (s.kernels[i]->is_supported()) names.emplace_back(s.kernels[i]->name());
+  }
+  return names;
+}
+
+std::vector<KernelPtr> KernelRegistry::all_kernels() {
+  State& s = state();
+  const std::shared_lock lock(s.mutex);
+  return s.kernels;
+}
+
+void KernelRegistry::register_kernel(KernelPtr kernel) {
+  State& s = state();
+  const std::unique_lock lock(s.mutex);
+  const std::string_view name = kernel->name();
+  const bool taken =
+      name == "Int8Kernel" || name == "Float32Kernel" ||
+      std::any_of(s.kernels.begin(), s.kernels.end(), [&](const KernelPtr& other) { return other->name() == name; });
+  if (taken) throw BitLabError("a kernel named '" + std::string(name) + "' is already registered");
+  s.kernels.insert(s.kernels.begin(), std::move(kernel));
+  ++s.user_count;
+}
+
+void KernelRegistry::unregister_kernel(std::string_view name) {
+  State& s = state();
+  const std::unique_lock lock(s.mutex);
+  for (std::size_t i = 0; i < s.user_count; ++i) {
+    if (s.kernels[i]->name() != name) continue;
+    s.kernels.erase(s.kernels.begin() + static_cast<std::ptrdiff_t>(i));
+    --s.user_count;
+    return;
+  }
+  throw KernelNotFoundError("no registered kernel is named '" + std::string(name) + "'");
+}
+
+}  // namespace bitcore

@@ -1,0 +1,273 @@
+// prepare_weights, forward and backward: validation at the public boundary, then one kernel call.
+#include "bitcore/ops/bitlinear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "bitcore/kernels/registry.h"
+#include "bitcore/ops/base.h"
+#include "checks.h"
+#include "ops/packing_internal.h"
+#include "parallel.h"
+#include "quantize-inl.h"
+
+namespace bitcore::bitlinear {
+namespace {
+
+// The width of x that a qweight of either form takes.
+std::int64_t in_features_of(ConstMatrixView qweight) {
+  if (qweight.dtype == DType::int8) return qweight.cols;
+  return read_trailer(qweight).in_features;
+}
+
+void check_qweight_scale(std::span<const float> scale, std::int64_t out_features, const BitQuantConfig& config) {
+  const auto size = static_cast<std::int64_t>(scale.size());
+  const std::int64_t expected = weight_scale_size(out_features, config);
+  if (size != expected) {
+    fail("qweight_scale has ", size, " elements, weight_granularity '", to_string(config.weight_granularity), "' with ",
+         out_features, " out_features expects ", expected);
+  }
+}
+
+void check_scale_values(std::span<const float> scale) {
+  for (std::size_t i = 0; i < scale.size(); ++i) {
+    if (!(std::isfinite(scale[i]) && scale[i] > 0.0f)) {
+      fail("qweight_scale must be finite and positive, got ", scale[i], " at ", i);
+    }
+  }
+}
+
+// Everything that can be checked in constant time.
+void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight,
+                   ConstVectorView bias, const BitQuantConfig& config, MatrixView y) {
+  const std::int64_t in_features = in_features_of(qweight);
+  if (x.cols != in_features) fail("x has ", x.cols, " features, qweight expects ", in_features);
+  check_qweight_scale(qweight_scale, qweight.rows, config);
+  if (bias) {
+    check_floating(bias.dtype, "bias");
+    if (bias.size != qweight.rows) fail("bias has ", bias.size, " elements, qweight has ", qweight.rows, " rows");
+  }
+  check_floating(y.dtype, "y");
+  check_shape(y.rows, y.cols, x.rows, qweight.rows, "y");
+}
+
+void run_kernel(LinearArgs args, const Options& options) {
+  const KernelRegistry::KernelPtr kernel = options.kernel.empty()
+                                               ? KernelRegistry::get_kernel_for_config(args.config)
+                                               : KernelRegistry::get_kernel_by_name(options.kernel, args.config);
+  args.executor = options.executor != nullptr ? options.executor : &default_executor();
+  if (kernel->accepts(args.qweight)) {
+    (*kernel)(args);
+    return;
+  }
+  if (args.qweight.dtype != DType::int8) {
+    fail("qweight has a form that kernel ", kernel->name(), " does not accept");
+  }
+  const std::vector<std::uint8_t> packed = pack_weights(args.qweight);
+  const PackedShape shape = packed_shape(args.qweight.rows, args.qweight.cols);
+  args.qweight = {packed.data(), shape.out_features, shape.row_bytes()};
+  (*kernel)(args);
+}
+
+void check_weight(ConstMatrixView weight) {
+  check_floating(weight.dtype, "weight");
+  packed_shape(weight.rows, weight.cols);  // bounds of the sizes
+}
+
+// Packs rows [begin, end): codes by comparison instead of division. For a scale s >= 1e-5, h = s / 2 is exact, and
+// round(w / s) >= 1 exactly where the rounded quotient exceeds 0.5, which it does exactly where w > h: the next float
+// above h is h * (1 + e) with e > 2^-24, and 0.5 * (1 + e) rounds above 0.5.
+void pack_rows(ConstMatrixView weight, std::span<const float> scale, const PackedShape& shape, std::int64_t begin,
+               std::int64_t end, std::uint8_t* payload) {
+  std::vector<float> buffer(static_cast<std::size_t>(weight.cols));
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4), kZeroCode);
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* values = reinterpret_cast<const float*>(weight.row(row));
+    if (weight.dtype != DType::float32) {
+      widen(weight.row(row), weight.dtype, weight.cols, buffer.data());
+      values = buffer.data();
+    }
+    const float half = 0.5f * scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    for (std::int64_t k = 0; k < weight.cols; ++k) {
+      const int plus = values[k] > half;  // false for NaN: a non-finite weight has a NaN scale and codes 0
+      const int minus = values[k] < -half;
+      codes[static_cast<std::size_t>(k)] = static_cast<std::uint8_t>(1 + plus - minus);
+    }
+    pack_code_row(codes.data(), shape, row, payload);
+  }
+}
+
+}  // namespace
+
+void prepare_weights_into(ConstMatrixView weight, const BitQuantConfig& config, Layout layout, NonFinite non_finite,
+                          std::span<float> scale, MatrixView qweight, Executor& executor) {
+  check_weight(weight);
+  const PackedShape shape = packed_shape(weight.rows, weight.cols, layout);
+  check_packed_output(qweight, shape);
+  compute_weight_scale(weight, config, scale, executor);
+  if (non_finite == NonFinite::reject) {
+    for (std::size_t i = 0; i < scale.size(); ++i) {
+      if (std::isnan(scale[i])) {
+        const std::string where = scale.size() == 1 ? "" : " in row " + std::to_string(i);
+        fail("weight holds a NaN or an infinity", where, "; it must be finite");
+      }
+    }
+  }
+  auto* bytes = static_cast<std::uint8_t*>(qweight.data);
+  // Whole tiles only: rows of a tile share cache lines.
+  const std::int64_t tiles = (weight.rows + kTileRows - 1) / kTileRows;
+  parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 4096 / weight.cols),
+                  [&](std::int64_t begin, std::int64_t end) {
+                    pack_rows(weight, scale, shape, begin * kTileRows, std::min(weight.rows, end * kTileRows), bytes);
+                  });
+  write_trailer(shape, bytes);
+}
+
+PreparedWeights prepare_weights(ConstMatrixView weight, const BitQuantConfig& config, Layout layout,
+                                Executor& executor) {
+  check_weight(weight);
+  PreparedWeights prepared;
+  prepared.shape = packed_shape(weight.rows, weight.cols, layout);
+  prepared.scale.resize(static_cast<std::size_t>(weight_scale_size(weight.rows, config)));
+  prepared.qweight.resize(static_cast<std::size_t>(prepared.shape.bytes()));
+  prepare_weights_into(weight, config, layout, NonFinite::reject, prepared.scale,
+                       {prepared.qweight.data(), weight.rows, prepared.shape.row_bytes()}, executor);
+  return prepared;
+}
+
+void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight, ConstVectorView bias,
+             const BitQuantConfig& config, MatrixView y, const Options& options) {
+  check_floating(x.dtype, "x");
+  check_forward(x, qweight_scale, qweight, bias, config, y);
+  check_scale_values(qweight_scale);
+  run_kernel({x, {}, qweight_scale, qweight, bias, config, y, nullptr}, options);
+}
+
+void forward(ConstMatrixView x, const PreparedWeights& weights, ConstVectorView bias, const BitQuantConfig& config,
+             MatrixView y, const Options& options) {
+  forward(x, weights.scale, weights.view(), bias, config, y, options);
+}
+
+void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::span<const float> qweight_scale,
+                       ConstMatrixView qweight, ConstVectorView bias, const BitQuantConfig& config, MatrixView y,
+                       const Options& options) {
+  const bool int8 = config.activation_dtype == ActivationDtype::int8;
+  if (int8) check_dtype(qx.dtype, DType::int8, "qx");
+  if (!int8) check_floating(qx.dtype, "qx");
+  check_size(static_cast<std::int64_t>(x_scale.size()), int8 ? x_scale_size(qx.rows, config) : 0, "x_scale");
+  check_forward(qx, qweight_scale, qweight, bias, config, y);
+  run_kernel({qx, x_scale, qweight_scale, qweight, bias, config, y, nullptr}, options);
+}
+
+SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVectorView bias,
+                              const BitQuantConfig& config, MatrixView y, const Options& options) {
+  check_floating(x.dtype, "x");
+  check_weight(weight);
+  if (x.cols != weight.cols) fail("x has ", x.cols, " features, weight expects ", weight.cols);
+  Executor& executor = options.executor != nullptr ? *options.executor : default_executor();
+  SavedTensors saved;
+  PreparedWeights& weights = saved.weights;
+  weights.shape = packed_shape(weight.rows, weight.cols);
+  weights.scale.resize(static_cast<std::size_t>(weight_scale_size(weight.rows, config)));
+  weights.qweight.resize(static_cast<std::size_t>(weights.shape.bytes()));
+  prepare_weights_into(weight, config, Layout::automatic, NonFinite::keep, weights.scale,
+                       {weights.qweight.data(), weight.rows, weights.shape.row_bytes()}, executor);
+  if (config.activation_dtype == ActivationDtype::float32) {
+    saved.x = x;
+    forward_quantized(x, {}, weights.scale, weights.view(), bias, config, y, options);
+    return saved;
+  }
+  saved.x_scale.resize(static_cast<std::size_t>(x_scale_size(x.rows, config)));
+  saved.qx.resize(static_cast<std::size_t>(x.rows * x.cols));
+  const MatrixView qx(saved.qx.data(), x.rows, x.cols);
+  compute_x_scale(x, config, saved.x_scale, executor);
+  quantize_x(x, saved.x_scale, config, qx, executor);
+  forward_quantized(qx, saved.x_scale, weights.scale, weights.view(), bias, config, y, options);
+  return saved;
+}
+
+namespace {
+
+// dq(x) as float32 (M, in_features).
+std::vector<float> dequantized_x(const SavedTensors& saved, std::int64_t rows, std::int64_t cols) {
+  std::vector<float> x(static_cast<std::size_t>(rows * cols));
+  for (std::int64_t m = 0; m < rows; ++m) {
+    float* out = &x[static_cast<std::size_t>(m * cols)];
+    if (saved.x.data != nullptr) {
+      widen(saved.x.row(m), saved.x.dtype, cols, out);
+      continue;
+    }
+    const float scale = saved.x_scale[saved.x_scale.size() == 1 ? 0 : static_cast<std::size_t>(m)];
+    const std::int8_t* codes = &saved.qx[static_cast<std::size_t>(m * cols)];
+    for (std::int64_t k = 0; k < cols; ++k) out[k] = static_cast<float>(codes[k]) * scale;
+  }
+  return x;
+}
+
+// out[k] += factor * in[k]
+void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
+  for (std::int64_t k = 0; k < count; ++k) out[k] += factor * in[k];
+}
+
+void check_gradient(MatrixView gradient, std::int64_t rows, std::int64_t cols, const char* argument) {
+  if (gradient.data == nullptr) return;
+  check_dtype(gradient.dtype, DType::float32, argument);
+  check_shape(gradient.rows, gradient.cols, rows, cols, argument);
+}
+
+const float* float_row(ConstMatrixView m, std::int64_t row) { return reinterpret_cast<const float*>(m.row(row)); }
+float* float_row(MatrixView m, std::int64_t row) { return reinterpret_cast<float*>(m.row(row)); }
+
+// dX = dY @ dq(W)
+void backward_x(ConstMatrixView dy, const PreparedWeights& weights, MatrixView dx, Executor& executor) {
+  const PackedShape& shape = weights.shape;
+  for (std::int64_t m = 0; m < dx.rows; ++m) std::fill_n(float_row(dx, m), dx.cols, 0.0f);
+  parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4));
+    std::vector<float> row(static_cast<std::size_t>(shape.in_features));
+    for (std::int64_t n = 0; n < shape.out_features; ++n) {
+      unpack_code_row(weights.qweight.data(), shape, n, codes.data());
+      const float scale = weights.scale[weights.scale.size() == 1 ? 0 : static_cast<std::size_t>(n)];
+      for (std::size_t k = 0; k < row.size(); ++k) row[k] = static_cast<float>(codes[k] - 1) * scale;
+      for (std::int64_t m = begin; m < end; ++m) {
+        add_scaled(row.data(), float_row(dy, m)[n], shape.in_features, float_row(dx, m));
+      }
+    }
+  });
+}
+
+// dW = dY^T @ dq(x)
+void backward_weight(ConstMatrixView dy, const SavedTensors& saved, MatrixView dweight, Executor& executor) {
+  const std::vector<float> x = dequantized_x(saved, dy.rows, dweight.cols);
+  parallel_ranges(executor, dweight.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t n = begin; n < end; ++n) {
+      std::fill_n(float_row(dweight, n), dweight.cols, 0.0f);
+      for (std::int64_t m = 0; m < dy.rows; ++m) {
+        add_scaled(&x[static_cast<std::size_t>(m * dweight.cols)], float_row(dy, m)[n], dweight.cols,
+                   float_row(dweight, n));
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
+              Executor& executor) {
+  const PackedShape& shape = saved.weights.shape;
+  check_dtype(dy.dtype, DType::float32, "dy");
+  const bool int8 = config.activation_dtype == ActivationDtype::int8;
+  const std::int64_t rows = int8 ? static_cast<std::int64_t>(saved.qx.size()) / shape.in_features : saved.x.rows;
+  check_shape(dy.rows, dy.cols, rows, shape.out_features, "dy");
+  check_gradient(gradients.dx, rows, shape.in_features, "dx");
+  check_gradient(gradients.dweight, shape.out_features, shape.in_features, "dweight");
+  if (gradients.dx.data != nullptr) backward_x(dy, saved.weights, gradients.dx, executor);
+  if (gradients.dweight.data != nullptr) backward_weight(dy, saved, gradients.dweight, executor);
+  if (gradients.dbias != nullptr) {
+    std::fill_n(gradients.dbias, shape.out_features, 0.0f);
+    for (std::int64_t m = 0; m < rows; ++m) add_scaled(float_row(dy, m), 1.0f, shape.out_features, gradients.dbias);
+  }
+}
+
+}  // namespace bitcore::bitlinear

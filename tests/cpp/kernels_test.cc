@@ -1,0 +1,294 @@
+// Every kernel that this CPU runs against ReferenceKernel: the same bits with int8 activations, within a bound with
+// float32 activations, for any shape, values and number of threads; the tile count proves which kernel ran.
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <tuple>
+
+#include "bitcore/kernels/registry.h"
+#include "bitcore/ops/base.h"
+#include "bitcore/ops/bitlinear.h"
+#include "support.h"
+
+namespace bitcore {
+namespace {
+
+using testing::all_configs;
+using testing::bits_of;
+using testing::Codes;
+using testing::Floats;
+using testing::random_codes;
+using testing::random_floats;
+
+struct Shape {
+  std::int64_t tokens, out_features, in_features;
+};
+
+// A linear layer with its codes known, and what its calls return.
+struct Layer {
+  BitQuantConfig config;
+  std::vector<std::uint8_t> packed;
+  Floats scale;
+  Floats bias;
+  std::int64_t out_features, in_features;
+
+  Layer(const BitQuantConfig& layer_config, std::int64_t rows, std::int64_t cols, unsigned seed)
+      : config(layer_config), out_features(rows), in_features(cols) {
+    packed = pack_weights({random_codes(rows * cols, seed).data(), rows, cols});
+    scale = random_floats(weight_scale_size(rows, config), seed + 1);
+    for (float& s : scale) s = std::fabs(s) + 0.01f;
+    bias = random_floats(rows, seed + 2);
+  }
+
+  ConstMatrixView qweight() const {
+    return {packed.data(), out_features, packed_shape(out_features, in_features).row_bytes()};
+  }
+
+  Floats forward(const Floats& x, std::string_view kernel, Executor* executor = nullptr) const {
+    const std::int64_t tokens = static_cast<std::int64_t>(x.size()) / in_features;
+    Floats y(static_cast<std::size_t>(tokens * out_features), 12345.0f);
+    bitlinear::forward({x.data(), tokens, in_features}, scale, qweight(), {bias.data(), out_features}, config,
+                       {y.data(), tokens, out_features}, {executor, kernel});
+    return y;
+  }
+};
+
+std::vector<std::string> kernels_for(const BitQuantConfig& config) {
+  std::vector<std::string> names;
+  for (const auto& kernel : KernelRegistry::all_kernels()) {
+    if (kernel->is_supported() && kernel->is_compatible_with(config)) names.emplace_back(kernel->name());
+  }
+  return names;
+}
+
+std::uint64_t tile_calls(const std::string& name) {
+  for (const auto& kernel : KernelRegistry::all_kernels()) {
+    if (kernel->name() == name) return kernel->tile_calls();
+  }
+  return 0;
+}
+
+// float32 activations: a float32 sum of K terms in blocks, against the float64 sum of the reference.
+void expect_close(const Layer& layer, const Floats& x, const Floats& y, const Floats& expected) {
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    if (std::isnan(expected[i])) {
+      EXPECT_TRUE(std::isnan(y[i])) << "at " << i;
+      continue;
+    }
+    const std::size_t token = i / static_cast<std::size_t>(layer.out_features);
+    const std::size_t row = i % static_cast<std::size_t>(layer.out_features);
+    double magnitude = 0.0;
+    for (std::int64_t k = 0; k < layer.in_features; ++k) {
+      magnitude += std::fabs(x[token * static_cast<std::size_t>(layer.in_features) + static_cast<std::size_t>(k)]);
+    }
+    const double scale = layer.scale[layer.scale.size() == 1 ? 0 : row];
+    const double unit = 0x1p-24;
+    const double bound = unit * (static_cast<double>(layer.in_features) + 4.0) * magnitude * scale +
+                         4.0 * unit * (std::fabs(expected[i]) + std::fabs(layer.bias[row]));
+    EXPECT_LE(std::fabs(static_cast<double>(y[i]) - expected[i]), bound) << "at " << i;
+  }
+}
+
+void check_all_kernels(const Layer& layer, const Floats& x) {
+  const Floats expected = layer.forward(x, "ReferenceKernel", &serial_executor());
+  ::bitcore::testing::TwoThreads two_threads;
+  for (const std::string& kernel : kernels_for(layer.config)) {
+    SCOPED_TRACE(kernel);
+    const std::uint64_t before = tile_calls(kernel);
+    const Floats one = layer.forward(x, kernel, &serial_executor());
+    if (!x.empty()) {
+      EXPECT_GT(tile_calls(kernel), before) << "another kernel ran";
+    }
+    if (layer.config.activation_dtype == ActivationDtype::int8) {
+      EXPECT_EQ(bits_of(one), bits_of(expected));
+    } else {
+      expect_close(layer, x, one, expected);
+    }
+    EXPECT_EQ(bits_of(layer.forward(x, kernel, &two_threads)), bits_of(one)) << "two threads";
+    EXPECT_EQ(bits_of(layer.forward(x, kernel)), bits_of(one)) << "default executor";
+  }
+}
+
+class KernelShapes : public ::testing::TestWithParam<std::tuple<int, Shape>> {};
+
+TEST_P(KernelShapes, MatchReference) {
+  const BitQuantConfig config = all_configs()[static_cast<std::size_t>(std::get<0>(GetParam()))];
+  const Shape shape = std::get<1>(GetParam());
+  const Layer layer(config, shape.out_features, shape.in_features, 7);
+  check_all_kernels(layer, random_floats(shape.tokens * shape.in_features, 11));
+}
+
+// One below and above every block size of the kernels: 2, 4 and 12 tokens, 16 and 32 rows, steps of 16, blocks of 256
+// and 512 k; primes; no tokens at all; enough work for two threads.
+INSTANTIATE_TEST_SUITE_P(
+    Sweep, KernelShapes,
+    ::testing::Combine(::testing::Range(0, 8),
+                       ::testing::Values(Shape{0, 5, 7}, Shape{1, 1, 1}, Shape{1, 17, 15}, Shape{2, 16, 16},
+                                         Shape{3, 15, 17}, Shape{4, 31, 63}, Shape{5, 32, 65}, Shape{7, 33, 127},
+                                         Shape{8, 48, 128}, Shape{11, 47, 255}, Shape{12, 64, 256}, Shape{13, 65, 257},
+                                         Shape{23, 13, 511}, Shape{24, 97, 512}, Shape{25, 100, 513},
+                                         Shape{37, 3, 1031}, Shape{131, 1, 19}, Shape{97, 257, 1025},
+                                         Shape{1, 1021, 2053}, Shape{600, 50, 100})));
+
+TEST(Kernels, EveryTokenCountUpToThreeTiles) {
+  for (const BitQuantConfig& config :
+       {BitQuantConfig{}, BitQuantConfig{.activation_dtype = ActivationDtype::float32}}) {
+    const Layer layer(config, 37, 83, 3);
+    for (std::int64_t tokens = 1; tokens <= 37; ++tokens) {
+      SCOPED_TRACE(tokens);
+      check_all_kernels(layer, random_floats(tokens * 83, static_cast<unsigned>(tokens)));
+    }
+  }
+}
+
+TEST(Kernels, ExtremeValues) {
+  const float huge = std::numeric_limits<float>::max();
+  const float denormal = std::numeric_limits<float>::denorm_min();
+  for (const BitQuantConfig& config : all_configs()) {
+    const Layer layer(config, 33, 70, 5);
+    for (const std::int64_t tokens : {1, 3, 6, 14, 40}) {
+      SCOPED_TRACE(to_string(config) + " tokens " + std::to_string(tokens));
+      Floats x = random_floats(tokens * 70, 9);
+      for (float& value : x) value = value < 0.0f ? -1e30f : 1e30f;  // all codes -127 or 127
+      check_all_kernels(layer, x);
+      if (config.activation_dtype == ActivationDtype::int8) {
+        for (float& value : x) value = value < 0.0f ? -huge : huge;
+        check_all_kernels(layer, x);
+      }
+      for (float& value : x) value = value < 0.0f ? -denormal : denormal;
+      check_all_kernels(layer, x);
+      std::fill(x.begin(), x.end(), 0.0f);
+      check_all_kernels(layer, x);
+      x[0] = 1e-30f;
+      check_all_kernels(layer, x);
+    }
+  }
+}
+
+TEST(Kernels, NonFiniteRows) {
+  for (const BitQuantConfig& config : all_configs()) {
+    const Layer layer(config, 20, 40, 6);
+    for (const std::int64_t tokens : {3, 30}) {
+      for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
+                              -std::numeric_limits<float>::infinity()}) {
+        SCOPED_TRACE(to_string(config));
+        Floats x = random_floats(tokens * 40, 8);
+        x[45] = bad;  // row 1
+        check_all_kernels(layer, x);
+        const Floats y = layer.forward(x, "");
+        const bool all = config.activation_dtype == ActivationDtype::int8 &&
+                         config.activation_granularity == Granularity::per_tensor;
+        for (std::size_t i = 0; i < y.size(); ++i) EXPECT_EQ(std::isnan(y[i]), all || i / 20 == 1) << i;
+      }
+    }
+  }
+}
+
+// int8 codes given directly, -128 included, which no scale of the contract produces.
+TEST(Kernels, QuantizedCodesAtTheirLimits) {
+  const BitQuantConfig config{.activation_granularity = Granularity::per_channel};
+  for (const std::int64_t tokens : {1, 4, 5, 12, 13, 30}) {
+    for (const std::int64_t in_features : {1, 64, 515, 4099}) {
+      const Layer layer(config, 35, in_features, 4);
+      Codes qx(static_cast<std::size_t>(tokens * in_features), -128);
+      const Floats x_scale(static_cast<std::size_t>(tokens), 0.5f);
+      Floats expected;
+      for (const std::string& kernel : kernels_for(config)) {
+        SCOPED_TRACE(kernel);
+        Floats y(static_cast<std::size_t>(tokens * 35));
+        bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, layer.scale, layer.qweight(), {},
+                                     config, {y.data(), tokens, 35}, {&serial_executor(), kernel});
+        if (expected.empty()) expected = y;
+        EXPECT_EQ(y, expected);
+      }
+    }
+  }
+}
+
+// K at which an int32 accumulator of a 2-bit field that is worth 64 times its value would overflow (524,292), at the
+// limit of the format, and around the fold of 16,384 steps.
+TEST(Kernels, LargeInFeatures) {
+  const BitQuantConfig config;
+  for (const std::int64_t in_features :
+       {std::int64_t{262143}, std::int64_t{262145}, std::int64_t{524291}, std::int64_t{524293}, kMaxInFeatures}) {
+    SCOPED_TRACE(in_features);
+    const Codes ones(static_cast<std::size_t>(in_features), 1);
+    const std::vector<std::uint8_t> packed = pack_weights({ones.data(), 1, in_features});
+    const Codes qx(static_cast<std::size_t>(in_features), -128);
+    const Floats scale = {1.0f};
+    for (const std::string& kernel : kernels_for(config)) {
+      SCOPED_TRACE(kernel);
+      Floats y(1);
+      bitlinear::forward_quantized({qx.data(), 1, in_features}, scale, scale,
+                                   {packed.data(), 1, packed_shape(1, in_features).row_bytes()}, {}, config,
+                                   {y.data(), 1, 1}, {&serial_executor(), kernel});
+      EXPECT_EQ(y[0], static_cast<float>(-128 * in_features));
+    }
+  }
+}
+
+TEST(Kernels, HugeAndTinyScales) {
+  for (const BitQuantConfig& config : all_configs()) {
+    Layer layer(config, 18, 50, 2);
+    const Floats x = random_floats(14 * 50, 3);
+    for (const float scale : {1e-38f, 1e-5f, 1e30f}) {
+      std::fill(layer.scale.begin(), layer.scale.end(), scale);
+      if (config.activation_dtype == ActivationDtype::int8) check_all_kernels(layer, x);
+    }
+  }
+}
+
+TEST(Kernels, InvalidCodesAreFound) {
+  for (const BitQuantConfig& config : all_configs()) {
+    for (const std::int64_t tokens : {1, 3, 7, 12, 13, 40}) {
+      for (const std::int64_t row : {0, 16, 36}) {
+        Layer layer(config, 37, 90, 2);
+        const Floats x = random_floats(tokens * 90, 3);
+        const std::int64_t row_bytes = packed_shape(37, 90).payload_row_bytes;
+        layer.packed[static_cast<std::size_t>(row / 16 * 16 * row_bytes + 3)] |= 0x30;
+        for (const std::string& kernel : kernels_for(config)) {
+          SCOPED_TRACE(kernel);
+          testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel); }, {"qweight", "code"});
+        }
+      }
+    }
+  }
+}
+
+TEST(Kernels, RowsDoNotDependOnTheirBatch) {
+  for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+    const BitQuantConfig config{Granularity::per_channel, dtype, Granularity::per_channel};
+    const Layer layer(config, 50, 300, 1);
+    const Floats x = random_floats(40 * 300, 2);
+    for (const std::string& kernel : kernels_for(config)) {
+      const Floats together = layer.forward(x, kernel);
+      for (std::int64_t row = 0; row < 40; ++row) {
+        const Floats alone = layer.forward({x.begin() + row * 300, x.begin() + (row + 1) * 300}, kernel);
+        EXPECT_EQ(Floats(together.begin() + row * 50, together.begin() + (row + 1) * 50), alone) << kernel;
+      }
+    }
+  }
+}
+
+TEST(Kernels, StridedAndSixteenBitTensors) {
+  const BitQuantConfig config{.activation_granularity = Granularity::per_channel};
+  const Layer layer(config, 21, 30, 1);
+  std::vector<std::uint16_t> x(14 * 40);  // rows of 30 elements, 40 apart
+  std::mt19937 engine(5);
+  for (std::uint16_t& value : x) value = static_cast<std::uint16_t>(0x3c00u + engine() % 0x400u) ^ (engine() & 0x8000u);
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    std::vector<std::uint16_t> expected;
+    for (const std::string& kernel : kernels_for(config)) {
+      SCOPED_TRACE(kernel);
+      std::vector<std::uint16_t> y(14 * 25, 0xabcd);
+      bitlinear::forward({x.data(), dtype, 14, 30, 40}, layer.scale, layer.qweight(), {}, config,
+                         {y.data(), dtype, 14, 21, 25}, {nullptr, kernel});
+      if (expected.empty()) expected = y;
+      EXPECT_EQ(y, expected);
+      EXPECT_EQ(y[21], 0xabcd) << "wrote between rows";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitcore

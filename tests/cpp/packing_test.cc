@@ -1,0 +1,142 @@
+// The packed weight, byte by byte.
+#include "bitcore/ops/packing.h"
+
+#include <algorithm>
+
+#include "support.h"
+
+namespace bitcore {
+namespace {
+
+using testing::Codes;
+using testing::expect_error;
+using testing::random_codes;
+
+struct Size {
+  std::int64_t out_features, in_features;
+};
+
+ConstMatrixView view(const std::vector<std::uint8_t>& packed, std::int64_t rows) {
+  return {packed.data(), rows, static_cast<std::int64_t>(packed.size()) / rows};
+}
+
+std::uint8_t slow_code(const Codes& codes, Size size, std::int64_t row, std::int64_t k) {
+  return k < size.in_features
+             ? static_cast<std::uint8_t>(codes[static_cast<std::size_t>(row * size.in_features + k)] + 1)
+             : std::uint8_t{1};
+}
+
+// The payload by the definition: tiles of 16 rows, steps of 16 k, a word a row, byte j field f holds k = 16 s + 4 f +
+// j.
+std::vector<std::uint8_t> slow_payload(const Codes& codes, Size size) {
+  std::vector<std::uint8_t> payload;
+  const std::int64_t steps = (size.in_features + 15) / 16;
+  for (std::int64_t tile = 0; tile < size.out_features; tile += 16) {
+    const std::int64_t last = std::min(size.out_features, tile + 16);
+    for (std::int64_t step = 0; step < steps; ++step) {
+      for (std::int64_t row = tile; row < last; ++row) {
+        for (int byte = 0; byte < 4; ++byte) {
+          int value = 0;
+          for (int field = 0; field < 4; ++field) {
+            value |= slow_code(codes, size, row, 16 * step + 4 * field + byte) << (2 * field);
+          }
+          payload.push_back(static_cast<std::uint8_t>(value));
+        }
+      }
+    }
+  }
+  return payload;
+}
+
+class Packing : public ::testing::TestWithParam<Size> {};
+
+TEST_P(Packing, PayloadIsTheDocumentedOne) {
+  const Size size = GetParam();
+  const Codes codes = random_codes(size.out_features * size.in_features, 1);
+  const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
+  const std::vector<std::uint8_t> expected = slow_payload(codes, size);
+  const PackedShape shape = packed_shape(size.out_features, size.in_features);
+  ASSERT_EQ(static_cast<std::int64_t>(expected.size()), shape.payload_bytes());
+  ASSERT_EQ(
+      static_cast<std::int64_t>(packed.size()),
+      size.out_features * (4 * ((size.in_features + 15) / 16) + (64 + size.out_features - 1) / size.out_features));
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), packed.begin()));
+}
+
+TEST_P(Packing, UnpackAndRepackInvertIt) {
+  const Size size = GetParam();
+  const Codes codes = random_codes(size.out_features * size.in_features, 2);
+  const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
+  Codes unpacked(codes.size(), 9);
+  unpack_weights(view(packed, size.out_features), {unpacked.data(), size.out_features, size.in_features});
+  EXPECT_EQ(unpacked, codes);
+  EXPECT_EQ(repack(view(packed, size.out_features), size.in_features, Layout::two_bit), packed);
+}
+
+TEST_P(Packing, EveryChangedByteIsFound) {
+  const Size size = GetParam();
+  const Codes codes = random_codes(size.out_features * size.in_features, 3);
+  std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
+  check_qweight(view(packed, size.out_features), size.in_features);
+  const std::size_t step = std::max<std::size_t>(1, packed.size() / 257);
+  for (std::size_t i = 0; i<packed.size(); i += i + 200> packed.size() ? 1 : step) {
+    for (const std::uint8_t change : {0x01, 0x10, 0xff}) {
+      packed[i] ^= change;
+      EXPECT_THROW(check_qweight(view(packed, size.out_features), size.in_features), QuantizationError) << i;
+      packed[i] ^= change;
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Sizes, Packing,
+                         ::testing::Values(Size{1, 1}, Size{1, 16}, Size{2, 17}, Size{15, 33}, Size{16, 16},
+                                           Size{17, 5}, Size{31, 100}, Size{63, 64}, Size{64, 65}, Size{65, 127},
+                                           Size{200, 3}));
+
+TEST(PackingTrailer, IsTheDocumentedOne) {
+  const Codes codes = {1, 0, -1};
+  const std::vector<std::uint8_t> packed = pack_weights({codes.data(), 1, 3});
+  ASSERT_EQ(packed.size(), 4u + 64u);
+  // Codes 2, 1, 0 in the first fields of bytes 0 to 2; everything else is padding 1: 0x54 | code.
+  const std::vector<std::uint8_t> payload = {0x56, 0x55, 0x54, 0x55};
+  EXPECT_TRUE(std::equal(payload.begin(), payload.end(), packed.begin()));
+  const std::vector<std::uint8_t> header = {'B', 'I', 'T', 'L', 'A', 'B', 'Q', 'W', 1, 0, 0, 0, 1, 0, 0, 0,
+                                            1,   0,   0,   0,   0,   0,   0,   0,   3, 0, 0, 0, 0, 0, 0, 0};
+  EXPECT_TRUE(std::equal(header.begin(), header.end(), packed.begin() + 4));
+  const std::vector<std::uint8_t> checksum = {0x56, 0x55, 0x54, 0x55, 0, 0, 0, 0};  // one word times P^0
+  EXPECT_TRUE(std::equal(checksum.begin(), checksum.end(), packed.begin() + 36));
+  EXPECT_TRUE(std::all_of(packed.begin() + 44, packed.end(), [](std::uint8_t byte) { return byte == 0; }));
+}
+
+TEST(PackingChecksum, IsThePolynomial) {
+  std::vector<std::uint8_t> bytes(4 * 29);
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::uint8_t>(37 * i + 11);
+  std::uint64_t expected = 0;
+  for (std::size_t word = bytes.size() / 4; word-- > 0;) {  // Horner, from the last word
+    std::uint64_t value = 0;
+    for (std::size_t byte = 4; byte-- > 0;) value = value << 8 | bytes[4 * word + byte];
+    expected = expected * 0x9E3779B97F4A7C15u + value;
+  }
+  EXPECT_EQ(payload_checksum(bytes.data(), static_cast<std::int64_t>(bytes.size())), expected);
+}
+
+TEST(PackingErrors, NameTheArgumentAndBothValues) {
+  const Codes codes(6, 0);
+  const Codes wrong = {0, 0, 2, 0, 0, 0};
+  expect_error<QuantizationError>([&] { pack_weights({wrong.data(), 2, 3}); }, {"qweight", "got 2", "(0, 2)"});
+  const std::vector<float> floats(6);
+  expect_error<QuantizationError>([&] { pack_weights({floats.data(), 2, 3}); }, {"qweight", "int8", "float32"});
+  expect_error<QuantizationError>([&] { pack_weights({codes.data(), 0, 3}); }, {"out_features", "0"});
+  expect_error<QuantizationError>([&] { packed_shape(1, kMaxInFeatures + 1); },
+                                  {"in_features", "16777215", "16777216"});
+  expect_error<QuantizationError>([] { parse_layout("3bit"); }, {"layout", "auto", "3bit"});
+
+  std::vector<std::uint8_t> packed = pack_weights({codes.data(), 2, 3});
+  expect_error<QuantizationError>([&] { check_qweight(view(packed, 2), 4); }, {"4", "3"});
+  expect_error<QuantizationError>([&] { check_qweight({packed.data(), 2, 7}, 3); }, {"qweight", "(2, 7)"});
+  packed[10] = 9;  // version, behind 8 bytes of payload and 8 of magic is 16
+  expect_error<QuantizationError>([&] { check_qweight(view(packed, 2), 3); }, {"trailer"});
+}
+
+}  // namespace
+}  // namespace bitcore

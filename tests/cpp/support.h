@@ -1,0 +1,86 @@
+// What the C++ tests share: random matrices, an executor that always uses two threads, error checks.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "bitcore/config.h"
+#include "bitcore/exceptions.h"
+#include "bitcore/executor.h"
+#include "bitcore/tensor.h"
+
+namespace bitcore::testing {
+
+using Floats = std::vector<float>;
+using Codes = std::vector<std::int8_t>;
+
+inline Floats random_floats(std::int64_t count, unsigned seed, float scale = 1.0f) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<float> normal(0.0f, scale);
+  Floats values(static_cast<std::size_t>(count));
+  for (float& value : values) value = normal(engine);
+  return values;
+}
+
+inline Codes random_codes(std::int64_t count, unsigned seed) {
+  std::mt19937 engine(seed);
+  std::uniform_int_distribution<int> code(-1, 1);
+  Codes values(static_cast<std::size_t>(count));
+  for (std::int8_t& value : values) value = static_cast<std::int8_t>(code(engine));
+  return values;
+}
+
+/// Bits of each element; every NaN counts as the same one.
+inline std::vector<std::uint32_t> bits_of(const Floats& values) {
+  std::vector<std::uint32_t> bits;
+  for (const float value : values)
+    bits.push_back(std::isnan(value) ? 0x7fc00000u : std::bit_cast<std::uint32_t>(value));
+  return bits;
+}
+
+inline std::vector<BitQuantConfig> all_configs() {
+  std::vector<BitQuantConfig> configs;
+  for (const Granularity weight : {Granularity::per_tensor, Granularity::per_channel}) {
+    for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+      for (const Granularity x : {Granularity::per_tensor, Granularity::per_channel}) {
+        configs.push_back({weight, dtype, x});
+      }
+    }
+  }
+  return configs;
+}
+
+/// Two real threads, whatever the machine and OpenMP say.
+class TwoThreads final : public Executor {
+ public:
+  int num_threads() const override { return 2; }
+  void run(int count, const std::function<void(int)>& task) override {
+    std::thread other([&] {
+      for (int i = 1; i < count; i += 2) task(i);
+    });
+    for (int i = 0; i < count; i += 2) task(i);
+    other.join();
+  }
+};
+
+/// Expects `call` to throw Error with every one of `parts` in its text.
+template <class Error, class Call>
+void expect_error(const Call& call, const std::vector<std::string>& parts) {
+  try {
+    call();
+    ADD_FAILURE() << "nothing was thrown, expected an error with: " << (parts.empty() ? "" : parts.front());
+  } catch (const Error& error) {
+    for (const std::string& part : parts) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what() << " lacks: " << part;
+    }
+  }
+}
+
+}  // namespace bitcore::testing
