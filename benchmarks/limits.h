@@ -6,7 +6,7 @@
 
 namespace bitcore::benchmarks {
 
-/// Reads every byte once; returns something that depends on all of them.
+/// Reads every byte once (16-byte aligned, a multiple of 128 bytes); returns something that depends on all of them.
 std::uint64_t read_all(std::span<const std::uint8_t> bytes);
 
 /// Whether vnni_multiply_adds runs on this CPU.

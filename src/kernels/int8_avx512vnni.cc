@@ -30,6 +30,13 @@ __m512i low_fields() { return _mm512_set1_epi8(0x03); }
 
 __m512i load_step(const std::uint8_t* words, __mmask16 rows) { return _mm512_maskz_loadu_epi32(rows, words); }
 
+// acc += codes * activations. The empty statement ties the sum to one register: without it GCC 12 copies sums around
+// and spills some of them.
+void multiply_add(__m512i& acc, __m512i codes, __m512i activations) {
+  acc = _mm512_dpbusd_epi32(acc, codes, activations);
+  asm("" : "+v"(acc));
+}
+
 // ORs codes that are 3 into `invalid`; bits between the fields are noise until any_invalid() drops them.
 __m512i collect_invalid(__m512i invalid, __m512i words) {
   return _mm512_or_si512(invalid, _mm512_and_si512(words, _mm512_srli_epi32(words, 1)));
@@ -100,8 +107,8 @@ void gemm_tokens(const std::uint8_t* weights, const std::uint8_t* x, std::int64_
 #pragma GCC unroll 12
     for (int m = 0; m < Tokens; ++m) {
       const __m512i activations = broadcast_word(x + 4 * m);
-      acc[m][0] = _mm512_dpbusd_epi32(acc[m][0], first, activations);
-      acc[m][1] = _mm512_dpbusd_epi32(acc[m][1], second, activations);
+      multiply_add(acc[m][0], first, activations);
+      multiply_add(acc[m][1], second, activations);
     }
   }
 #pragma GCC unroll 12
@@ -124,7 +131,7 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
 // The fields are masked in place, worth 1, 4, 16 and 64 times their value, and summed apart.
 template <int Tokens>
 __m512i direct_field_sums(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                          std::int64_t row_stride, __m512i (&totals)[Tokens]) {
+                          __m512i (&totals)[Tokens]) {
   const __mmask16 mask = row_mask(rows);
   const __m512i field[4] = {_mm512_set1_epi8(0x03), _mm512_set1_epi8(0x0c), _mm512_set1_epi8(0x30),
                             _mm512_set1_epi8(static_cast<char>(0xc0))};
@@ -132,7 +139,7 @@ __m512i direct_field_sums(const std::uint8_t* tile, std::int64_t rows, std::int6
   for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
     const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
     __m512i acc[Tokens][4] = {};
-    for (std::int64_t step = begin; step < end; ++step) {
+    for (std::int64_t step = begin; step < end; ++step, x += kStepCodes * Tokens) {
       const __m512i words = load_step(tile + step * rows * 4, mask);
       invalid = collect_invalid(invalid, words);
 #pragma GCC unroll 4
@@ -140,8 +147,7 @@ __m512i direct_field_sums(const std::uint8_t* tile, std::int64_t rows, std::int6
         const __m512i codes = _mm512_and_si512(words, field[f]);
 #pragma GCC unroll 4
         for (int m = 0; m < Tokens; ++m) {
-          acc[m][f] =
-              _mm512_dpbusd_epi32(acc[m][f], codes, broadcast_word(x + m * row_stride + step * kStepCodes + 4 * f));
+          multiply_add(acc[m][f], codes, broadcast_word(x + 4 * (f * Tokens + m)));
         }
       }
     }
@@ -158,11 +164,11 @@ __m512i direct_field_sums(const std::uint8_t* tile, std::int64_t rows, std::int6
 // The fields are shifted down and share one register of sums for each token.
 template <int Tokens>
 __m512i direct_shared_sums(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                           std::int64_t row_stride, __m512i (&totals)[Tokens]) {
+                           __m512i (&totals)[Tokens]) {
   const __mmask16 mask = row_mask(rows);
   const __m512i low = low_fields();
   __m512i invalid = _mm512_setzero_si512();
-  for (std::int64_t step = 0; step < steps; ++step, x += kStepCodes) {
+  for (std::int64_t step = 0; step < steps; ++step, x += kStepCodes * Tokens) {
     const __m512i words = load_step(tile + step * rows * 4, mask);
     invalid = collect_invalid(invalid, words);
     const __m512i codes[4] = {_mm512_and_si512(words, low), _mm512_and_si512(_mm512_srli_epi32(words, 2), low),
@@ -172,7 +178,7 @@ __m512i direct_shared_sums(const std::uint8_t* tile, std::int64_t rows, std::int
     for (int f = 0; f < 4; ++f) {
 #pragma GCC unroll 12
       for (int m = 0; m < Tokens; ++m) {
-        totals[m] = _mm512_dpbusd_epi32(totals[m], codes[f], broadcast_word(x + m * row_stride + 4 * f));
+        multiply_add(totals[m], codes[f], broadcast_word(x + 4 * (f * Tokens + m)));
       }
     }
   }
@@ -181,28 +187,29 @@ __m512i direct_shared_sums(const std::uint8_t* tile, std::int64_t rows, std::int
 
 template <int Tokens>
 std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                            std::int64_t row_stride, std::int32_t* sums) {
+                            std::int32_t* sums) {
   __m512i totals[Tokens];
+#pragma GCC unroll 12
   for (int m = 0; m < Tokens; ++m) totals[m] = _mm512_load_si512(sums + m * kTileRows);
   __m512i invalid;
   if constexpr (Tokens <= kFieldSumTokens) {
-    invalid = direct_field_sums<Tokens>(tile, rows, steps, x, row_stride, totals);
+    invalid = direct_field_sums<Tokens>(tile, rows, steps, x, totals);
   } else {
-    invalid = direct_shared_sums<Tokens>(tile, rows, steps, x, row_stride, totals);
+    invalid = direct_shared_sums<Tokens>(tile, rows, steps, x, totals);
   }
+#pragma GCC unroll 12
   for (int m = 0; m < Tokens; ++m) _mm512_store_si512(sums + m * kTileRows, totals[m]);
   return any_invalid(invalid);
 }
 
-using Direct = std::uint32_t (*)(const std::uint8_t*, std::int64_t, std::int64_t, const std::uint8_t*, std::int64_t,
-                                 std::int32_t*);
+using Direct = std::uint32_t (*)(const std::uint8_t*, std::int64_t, std::int64_t, const std::uint8_t*, std::int32_t*);
 constexpr Direct kDirects[kDirectTokens] = {direct_tokens<1>, direct_tokens<2>,  direct_tokens<3>,  direct_tokens<4>,
                                             direct_tokens<5>, direct_tokens<6>,  direct_tokens<7>,  direct_tokens<8>,
                                             direct_tokens<9>, direct_tokens<10>, direct_tokens<11>, direct_tokens<12>};
 
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* x,
-                     std::int64_t row_stride, std::int64_t tokens, void* sums) {
-  return kDirects[tokens - 1](tile, tile_rows, steps, static_cast<const std::uint8_t*>(x), row_stride,
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* packed_tokens,
+                     std::int64_t tokens, void* sums) {
+  return kDirects[tokens - 1](tile, tile_rows, steps, static_cast<const std::uint8_t*>(packed_tokens),
                               static_cast<std::int32_t*>(sums));
 }
 

@@ -35,8 +35,8 @@ struct TileFunctions {
   /// as gemm reads them.
   void (*pack_tokens)(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed);
 
-  /// Unpacks steps [step_begin, step_end) of `rows` <= panel_rows packed rows that begin at a tile; absent rows become
-  /// weight 0. Returns nonzero where a code is invalid.
+  /// Unpacks steps [step_begin, step_end) of `rows` <= panel_rows packed rows that begin at a tile; absent rows may
+  /// become anything. Returns nonzero where a code is invalid.
   /// @param tiles First byte of the first tile. @param payload_row_bytes R of docs/packed-format.md.
   std::uint32_t (*unpack_panel)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
                                 std::int64_t step_begin, std::int64_t step_end, void* panel);
@@ -44,11 +44,10 @@ struct TileFunctions {
   /// sums[token * panel_rows + row] += sum over k of panel and packed tokens.
   void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums);
 
-  /// sums[token * kTileRows + row] += one tile of packed weights times row-major x, all k at once.
-  /// @param x Rows of activations, `row_stride` bytes apart, zero up to a multiple of kStepCodes.
+  /// sums[token * kTileRows + row] += one tile of packed weights times packed tokens, all k at once.
   /// Returns nonzero where a code is invalid. Null where direct_tokens is 0.
-  std::uint32_t (*direct)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* x,
-                          std::int64_t row_stride, std::int64_t tokens, void* sums);
+  std::uint32_t (*direct)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
+                          const void* packed_tokens, std::int64_t tokens, void* sums);
 
   /// y = float(sums) * (x_scale * w_scale) + bias for `count` adjacent outputs. @param bias May be null.
   void (*store)(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,

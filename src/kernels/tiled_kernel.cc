@@ -140,13 +140,15 @@ class Run {
 
   // Few tokens: every tile of packed weights is read once and multiplied with all of them.
   void run_direct() {
-    const std::int64_t stride = round_up(k_padded_ * x_element_, kCacheLine);
-    AlignedArray<std::byte> x(tokens_ * stride);
+    const std::int64_t stride = k_padded_ * x_element_;
+    AlignedArray<std::byte> rows(tokens_ * stride);
+    AlignedArray<std::byte> packed(tokens_ * k_padded_ * f_.token_element);
     AlignedArray<float> buffer(args_.x.dtype == DType::float32 ? 0 : in_features_);
     std::vector<Activation> activations(static_cast<std::size_t>(tokens_));
     for (std::int64_t m = 0; m < tokens_; ++m) {
-      activations[static_cast<std::size_t>(m)] = prepare_row(m, buffer.data(), x.data() + m * stride);
+      activations[static_cast<std::size_t>(m)] = prepare_row(m, buffer.data(), rows.data() + m * stride);
     }
+    f_.pack_tokens(rows.data(), stride, tokens_, k_padded_, packed.data());
     const std::int64_t tiles = ceil_div(out_features_, kTileRows);
     // A unit is a run of adjacent tiles: long sequential reads are what memory serves best.
     const std::int64_t unit_tiles =
@@ -156,14 +158,14 @@ class Run {
       const std::int64_t last = std::min(tiles, (unit + 1) * unit_tiles);
       std::uint32_t invalid = 0;
       for (std::int64_t tile = unit * unit_tiles; tile < last; ++tile) {
-        invalid |= direct_tile(tile, x.data(), stride, activations);
+        invalid |= direct_tile(tile, packed.data(), activations);
       }
       tile_calls_.fetch_add(static_cast<std::uint64_t>(last - unit * unit_tiles), std::memory_order_relaxed);
       return invalid;
     });
   }
 
-  std::uint32_t direct_tile(std::int64_t tile, const std::byte* x, std::int64_t stride,
+  std::uint32_t direct_tile(std::int64_t tile, const std::byte* packed,
                             const std::vector<Activation>& activations) const {
     constexpr std::int64_t kMostTokens = 16;
     alignas(kCacheLine) std::int32_t sums[kMostTokens * kTileRows];
@@ -173,7 +175,7 @@ class Run {
       start_sums(sums + m * kTileRows, kTileRows, activations[static_cast<std::size_t>(m)].sum);
     }
     const std::uint32_t invalid =
-        f_.direct(payload_ + row * payload_row_bytes_, rows, k_padded_ / kStepCodes, x, stride, tokens_, sums);
+        f_.direct(payload_ + row * payload_row_bytes_, rows, k_padded_ / kStepCodes, packed, tokens_, sums);
     for (std::int64_t m = 0; m < tokens_; ++m) {
       store(sums + m * kTileRows, m, row, rows, activations[static_cast<std::size_t>(m)].scale);
     }
