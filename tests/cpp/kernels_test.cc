@@ -109,6 +109,33 @@ void check_all_kernels(const Layer& layer, const Floats& x) {
   }
 }
 
+// The other tests walk over the kernels that run here; this one says which do not.
+class EveryKernel : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(EveryKernel, RunsItsConfigs) {
+  const auto all = KernelRegistry::all_kernels();
+  const auto kernel = *std::find_if(all.begin(), all.end(), [](const auto& k) { return k->name() == GetParam(); });
+  if (!kernel->is_supported()) GTEST_SKIP() << "this CPU lacks " << kernel->requirement();
+  int configs = 0;
+  for (const BitQuantConfig& config : all_configs()) {
+    if (!kernel->is_compatible_with(config)) continue;
+    ++configs;
+    const std::uint64_t before = kernel->tile_calls();
+    Layer(config, 40, 50, 1).forward(random_floats(3 * 50, 2), GetParam());
+    EXPECT_GT(kernel->tile_calls(), before);
+  }
+  EXPECT_GE(configs, 4);
+}
+
+std::vector<std::string> builtin_names() {
+  std::vector<std::string> names;
+  for (const auto& kernel : KernelRegistry::all_kernels()) names.emplace_back(kernel->name());
+  return names;
+}
+
+INSTANTIATE_TEST_SUITE_P(Builtin, EveryKernel, ::testing::ValuesIn(builtin_names()),
+                         [](const auto& name) { return name.param; });
+
 class KernelShapes : public ::testing::TestWithParam<std::tuple<int, Shape>> {};
 
 TEST_P(KernelShapes, MatchReference) {
