@@ -1,0 +1,332 @@
+"""`BitLinear`: `nn.Linear` with ternary weights, from the first training step to deployment."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitcore.kernels.registry import STATE, KernelRegistry
+from bitcore.ops import bitlinear
+from bitcore.ops.packing import check_qweight
+from bitlayers.init import InitMethod, find_init_method
+from bitlayers.weight_gradient import attach_weight_gradient
+
+
+class _PackedCopy(NamedTuple):
+    """A weight prepared for inference, and what it was prepared from."""
+
+    weight: Tensor
+    snapshot: Tensor  # Shares the weight's memory: while it lives, no other weight can have the same address.
+    version: int
+    config: BitQuantConfig
+    kernels: str  # The registry's token: which kernels there were to choose from.
+    qweight_scale: Tensor
+    qweight: Tensor
+
+    def is_of(self, weight: Tensor, config: BitQuantConfig) -> bool:
+        """Whether neither the weight, nor its values, place and type, nor the config or the kernels have changed."""
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.snapshot.data_ptr() == weight.data_ptr()
+            and self.snapshot.dtype == weight.dtype
+            and self.config == config
+            and self.kernels == STATE.token
+        )
+
+
+class BitLinear(nn.Linear):
+    """A linear layer whose weights are -1, 0 or +1 times a scale.
+
+    It is always in one of two states:
+
+    - *Trainable*: it holds the float parameter `weight`. In training mode every forward quantizes weight and
+      activations and gives gradients by the straight-through estimator. In evaluation mode it computes from a packed
+      copy of the weight, with the same bits (int8 activations) and the same gradients. The copy is made at the first
+      evaluation, dropped by `train()` and `load_state_dict()`, remade when the weight or `quant_config` was replaced
+      or changed, and never saved. A change that autograd cannot see, in place through `weight.data`, needs a `train()`
+      to take effect.
+    - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
+      (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and cannot be trained any more;
+      x and bias still receive gradients.
+
+    The state that `load_state_dict()` is given decides: a deployed one makes the layer deployed, a trainable one
+    makes it trainable again.
+
+    Args:
+        in_features: Size of the last dimension of x.
+        out_features: Size of the last dimension of y.
+        bias: Whether a bias is added. It is never quantized.
+        init_method: How `weight` is initialized: "kaiming_uniform" (what `nn.Linear` does), "kaiming_normal",
+            "xavier_uniform", "xavier_normal", "normal" (deviation 0.02), "orthogonal", or a function that fills a
+            tensor in place.
+        quant_config: The quantization schema; `BitQuantConfig()` where None.
+        device: Where the parameters live.
+        dtype: float32, bfloat16 or float16.
+
+    Attributes:
+        weight: (out_features, in_features); None once deployed.
+        qweight: uint8, packed; None until deployed.
+        qweight_scale: float32, () or (out_features,); None until deployed.
+        quant_config: May be replaced; once deployed `weight_granularity` has to stay.
+
+    Raises:
+        QuantizationError: a size below 1, an unknown `init_method`, no BitQuantConfig.
+    """
+
+    qweight: Tensor | None
+    qweight_scale: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        init_method: InitMethod = "kaiming_uniform",
+        quant_config: BitQuantConfig | None = None,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _require_sizes(in_features, out_features)
+        self.init_method = init_method  # nn.Linear's constructor calls reset_parameters().
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.quant_config = _require_config(quant_config)
+        self.register_buffer("qweight", None)
+        self.register_buffer("qweight_scale", None)
+        self._packed: _PackedCopy | None = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quant_config: BitQuantConfig | None = None) -> Self:
+        """A BitLinear that shares the parameters (not copies of them), mode and sizes of an `nn.Linear`."""
+        layer = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, quant_config=quant_config, device="meta"
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer.train(linear.training)
+        return layer
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether the layer holds packed weights only."""
+        return self.qweight is not None
+
+    def reset_parameters(self) -> None:
+        """Initializes weight and bias anew."""
+        super().reset_parameters()
+        if self.init_method != "kaiming_uniform":
+            with torch.no_grad():
+                find_init_method(self.init_method)(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Computes y.
+
+        Args:
+            input: (*, in_features), float32, bfloat16 or float16.
+
+        Returns:
+            (*, out_features), of input's dtype; under autocast of the autocast dtype.
+
+        Raises:
+            QuantizationError: input does not fit; a weight to be packed is not finite; packed weights are damaged.
+            KernelNotFoundError: no kernel covers the config.
+        """
+        config = self.quant_config
+        if self.training:
+            return bitlinear.forward(input, weight=self.weight, bias=self.bias, quant_config=config, training=True)
+        qweight_scale, qweight = self._inference_weights()
+        y = bitlinear.forward(input, qweight_scale=qweight_scale, qweight=qweight, bias=self.bias, quant_config=config)
+        if torch.is_grad_enabled() and self.qweight is None and self.weight.requires_grad:
+            return attach_weight_gradient(y, input, self.weight, config)
+        return y
+
+    def deploy(self) -> Self:
+        """Packs the weight for good: `weight` goes, `qweight` and `qweight_scale` come. Returns the layer.
+
+        Raises:
+            QuantizationError: the layer is deployed already; the weight is not finite or parametrized.
+        """
+        self._become_deployed(*self.prepare_deployment())
+        return self
+
+    def prepare_deployment(self) -> tuple[Tensor, Tensor]:
+        """What `deploy()` will store: qweight_scale and qweight. Changes nothing.
+
+        Raises:
+            QuantizationError: as `deploy()`.
+        """
+        if self.is_deployed:
+            raise QuantizationError("deploy: the layer is deployed already")
+        if "weight" not in self._parameters:
+            raise QuantizationError("deploy: weight is parametrized; remove the parametrization first")
+        # Any kernel of the standard form: what is saved must not depend on the kernels that are registered here.
+        kernel = KernelRegistry.get_kernel_by_name("TorchKernel", self.quant_config)
+        with torch.no_grad():
+            return kernel.prepare_weights(self.weight, self.quant_config)
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode.
+
+        Raises:
+            QuantizationError: training of a deployed layer: its float weight is gone.
+        """
+        if mode and self.is_deployed:
+            raise QuantizationError("train: the layer is deployed and has no float weight to train")
+        if mode:
+            self._packed = None
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        config = self.quant_config
+        activations: str = config.activation_dtype
+        if activations != "float32":
+            activations += f" {config.activation_granularity}"
+        state = ", deployed" if self.is_deployed else ""
+        return f"{super().extra_repr()}, weight=ternary {config.weight_granularity}, activations={activations}{state}"
+
+    def _inference_weights(self) -> tuple[Tensor, Tensor]:
+        """qweight_scale and qweight: the deployed ones, or a packed copy that is up to date."""
+        qweight_scale, qweight = self.qweight_scale, self.qweight
+        if qweight_scale is not None and qweight is not None:
+            return qweight_scale, qweight
+        weight = self.weight
+        # A traced graph must not hold today's weights as constants; an inference tensor does not tell when it changes.
+        if torch.compiler.is_compiling() or weight.is_inference():
+            return _prepare(weight, self.quant_config)
+        packed = self._packed
+        if packed is None or not packed.is_of(weight, self.quant_config):
+            packed = self._pack(weight)
+        return packed.qweight_scale, packed.qweight
+
+    def _pack(self, weight: Tensor) -> _PackedCopy:
+        # The version first: should another thread change the weight meanwhile, the copy counts as outdated.
+        version, config, kernels = weight._version, self.quant_config, STATE.token
+        packed = _PackedCopy(weight, weight.detach(), version, config, kernels, *_prepare(weight, config))
+        self._packed = packed
+        return packed
+
+    def _become_deployed(self, qweight_scale: Tensor, qweight: Tensor) -> None:
+        self._packed = None
+        self.register_parameter("weight", None)
+        self.qweight_scale = qweight_scale
+        self.qweight = qweight
+        super().train(False)
+
+    def _become_trainable(self, weight: Tensor) -> None:
+        self.qweight_scale = None
+        self.qweight = None
+        self.weight = nn.Parameter(weight)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves and casts like every module, but leaves the dtypes of the deployed buffers alone."""
+        self._packed = None
+        qweight_scale, qweight = self.qweight_scale, self.qweight
+        super()._apply(fn, recurse)
+        if qweight_scale is not None and qweight is not None:
+            self.qweight_scale = _with_dtype_of(qweight_scale, self.qweight_scale)
+            self.qweight = _with_dtype_of(qweight, self.qweight)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        *args: Any,
+    ) -> None:
+        """Takes the state that is loaded, deployed or trainable, after a look at every byte of it."""
+        self._packed = None
+        found = {name: state_dict.get(prefix + name) for name in ("weight", "qweight", "qweight_scale")}
+        if found["qweight"] is not None or found["qweight_scale"] is not None:
+            self._expect_deployed_state(prefix, found)
+        elif found["weight"] is not None:
+            self._expect_trainable_state(prefix, found["weight"])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.qweight_scale is not None:  # With assign=True it is the loaded tensor itself.
+            shape = _scale_shape(self.out_features, self.quant_config)
+            self.qweight_scale = self.qweight_scale.to(torch.float32).reshape(shape)
+
+    def _expect_deployed_state(self, prefix: str, found: dict[str, Tensor | None]) -> None:
+        qweight, qweight_scale = found["qweight"], found["qweight_scale"]
+        if qweight is None or qweight_scale is None or found["weight"] is not None:
+            names = [prefix + name for name, tensor in found.items() if tensor is not None]
+            raise QuantizationError(f"state_dict holds {names}, expected qweight and qweight_scale, or weight alone")
+        self._check_qweight(prefix + "qweight", qweight)
+        self._check_qweight_scale(prefix + "qweight_scale", qweight_scale)
+        if not self.is_deployed:
+            device = self.weight.device
+            shape = _scale_shape(self.out_features, self.quant_config)
+            self._become_deployed(torch.ones(shape, device=device), torch.empty_like(qweight, device=device))
+
+    def _expect_trainable_state(self, prefix: str, weight: Tensor) -> None:
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise QuantizationError(f"{prefix}weight holds NaN or infinity")
+        if self.qweight is not None:
+            shape = (self.out_features, self.in_features)
+            if tuple(weight.shape) != shape:
+                raise QuantizationError(f"{prefix}weight has shape {tuple(weight.shape)}, expected {shape}")
+            self._become_trainable(torch.empty_like(weight, device=self.qweight.device))
+
+    def _check_qweight(self, name: str, qweight: Tensor) -> None:
+        if qweight.ndim != 2 or qweight.shape[0] != self.out_features:
+            shape = tuple(qweight.shape)
+            raise QuantizationError(f"{name} has shape {shape}, expected {self.out_features} rows (out_features)")
+        if not qweight.is_meta:
+            _named(name, check_qweight, qweight, self.in_features)
+
+    def _check_qweight_scale(self, name: str, scale: Tensor) -> None:
+        granularity = self.quant_config.weight_granularity
+        expected = _scale_shape(self.out_features, self.quant_config)
+        shape = tuple(scale.shape)
+        if shape != expected and not (expected == () and shape == (1,)):
+            raise QuantizationError(f"{name} has shape {shape}, expected {expected}: weight_granularity={granularity}")
+        if not scale.is_floating_point():
+            raise QuantizationError(f"{name} has dtype {scale.dtype}, expected torch.float32")
+        if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise QuantizationError(f"{name} holds a scale that is not finite and positive")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take: everything but the packed copy."""
+        return {**self.__dict__, "_packed": None}
+
+
+def _prepare(weight: Tensor, config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+    """qweight_scale and qweight as ordinary tensors, also inside inference mode: autograd may have to save them."""
+    with torch.inference_mode(False), torch.no_grad():
+        return bitlinear.prepare_weights(weight, config)
+
+
+def _require_sizes(in_features: int, out_features: int) -> None:
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if size < 1:
+            raise QuantizationError(f"{name} is {size}, expected at least 1")
+
+
+def _require_config(quant_config: BitQuantConfig | None) -> BitQuantConfig:
+    config = BitQuantConfig() if quant_config is None else quant_config
+    if not isinstance(config, BitQuantConfig):
+        raise QuantizationError(f"quant_config is {config!r}, expected a BitQuantConfig")
+    return config
+
+
+def _scale_shape(out_features: int, config: BitQuantConfig) -> tuple[int, ...]:
+    return (out_features,) if config.weight_granularity == "per_channel" else ()
+
+
+def _with_dtype_of(original: Tensor, moved: Tensor | None) -> Tensor:
+    """`moved`, or, where it was cast, `original` with the bits that it had, on the device of `moved`."""
+    if moved is None or moved.dtype == original.dtype:
+        return original if moved is None else moved
+    return original.to(moved.device)
+
+
+def _named(name: str, check: Any, *args: Any) -> None:
+    """Runs a check and says in its error which tensor it was about."""
+    try:
+        check(*args)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error

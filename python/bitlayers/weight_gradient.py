@@ -1,0 +1,67 @@
+"""The weight's gradient in evaluation mode, where y comes from a packed copy of the weight."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
+
+
+@torch.library.custom_op("bitlayers::attach_weight_gradient", mutates_args=())
+def _attach(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channel: bool) -> Tensor:
+    return y.clone()
+
+
+@_attach.register_fake
+def _(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channel: bool) -> Tensor:
+    return torch.empty_like(y)
+
+
+def attach_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig) -> Tensor:
+    """A copy of y through which the straight-through gradient, dY^T @ dq(x), reaches the weight.
+
+    Args:
+        y: (*, out_features), what inference on the packed weight returned for x.
+        x: (*, in_features).
+        weight: (out_features, in_features), floating.
+        config: The schema that y was computed with.
+    """
+    int8_activations = config.activation_dtype == "int8"
+    output: Tensor = _attach(y, x, weight, int8_activations, config.activation_granularity == "per_channel")
+    return output
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, weight, int8_activations, x_per_channel = inputs
+    ctx.save_for_backward(x)
+    ctx.weight_dtype = weight.dtype
+    ctx.config = BitQuantConfig(
+        activation_dtype="int8" if int8_activations else "float32",
+        activation_granularity="per_channel" if x_per_channel else "per_tensor",
+    )
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph=True: the straight-through estimator has no second derivative.
+        raise NotImplementedError("BitLinear has no second derivative: call backward or grad without create_graph=True")
+    dweight = _dweight(ctx, dy) if ctx.needs_input_grad[2] else None
+    return dy, None, dweight, None, None
+
+
+def _dweight(ctx: Any, dy: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    with torch.autocast(dy.device.type, enabled=False):
+        rows = _dequantized(x, ctx.config).reshape(-1, x.shape[-1])
+        return (dy.float().reshape(-1, dy.shape[-1]).t() @ rows).to(ctx.weight_dtype)
+
+
+def _dequantized(x: Tensor, config: BitQuantConfig) -> Tensor:
+    if config.activation_dtype == "float32":
+        return x.float()
+    scale = compute_x_scale(x, config)
+    return dequantize_x(quantize_x(x, scale, config), scale, config)
+
+
+_attach.register_autograd(_backward, setup_context=_keep)

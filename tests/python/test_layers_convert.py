@@ -1,0 +1,77 @@
+"""From nn.Linear to BitLinear, and a whole model's deployment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitlayers import BitLinear, convert, deploy
+from support import same_bits
+
+CONFIG = BitQuantConfig("per_channel", "int8", "per_channel")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.again = self.first
+        self.body = nn.Sequential(nn.Linear(8, 4), nn.ReLU())
+        self.head = nn.Linear(4, 2)
+        self.attention = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.head(self.body(self.again(self.first(x))))
+        return output
+
+
+def test_from_linear_shares_the_parameters() -> None:
+    linear = nn.Linear(5, 3, dtype=torch.bfloat16).eval()
+    layer = BitLinear.from_linear(linear, CONFIG)
+    assert layer.weight is linear.weight
+    assert layer.bias is linear.bias
+    assert layer.quant_config == CONFIG
+    assert not layer.training
+    assert BitLinear.from_linear(nn.Linear(5, 3, bias=False)).bias is None
+
+
+def test_convert_replaces_plain_linears_only() -> None:
+    model = Block()
+    parameters = dict(model.named_parameters())
+    assert convert(model, CONFIG, skip=["head"]) is model
+    assert isinstance(model.first, BitLinear)
+    assert model.again is model.first
+    assert isinstance(model.body[0], BitLinear)
+    assert type(model.head) is nn.Linear
+    assert not isinstance(model.attention.out_proj, BitLinear)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+
+
+def test_convert_of_a_single_layer_and_of_an_unknown_name() -> None:
+    assert isinstance(convert(nn.Linear(2, 2)), BitLinear)
+    with pytest.raises(QuantizationError, match="tail"):
+        convert(Block(), skip=["tail"])
+
+
+def test_deploy_of_a_model() -> None:
+    x = torch.randn(3, 8)
+    model = convert(Block(), CONFIG)
+    expected = model.eval()(x)
+    assert same_bits(deploy(model)(x), expected)
+    with pytest.raises(QuantizationError, match="deployed already"):
+        deploy(model)
+    with pytest.raises(QuantizationError, match="no BitLinear"):
+        deploy(nn.ReLU())
+
+
+def test_deploy_is_all_or_nothing() -> None:
+    model = convert(Block(), CONFIG)
+    with torch.no_grad():
+        model.get_parameter("head.weight")[0, 0] = torch.inf
+    with pytest.raises(QuantizationError, match="head"):
+        deploy(model)
+    assert not any(layer.is_deployed for layer in model.modules() if isinstance(layer, BitLinear))
+    assert model.training
