@@ -1,0 +1,40 @@
+"""`AutoBitModel`: the right model class for a config or a saved model."""
+
+import os
+from pathlib import Path
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitmodels.base import BitModelBase, BitModelConfig
+from bitmodels.config import CONFIG_FILE, read_config
+from bitmodels.registry import find_model, find_model_of
+
+
+class AutoBitModel:
+    """Finds the class of a model. It has no instances."""
+
+    def __init__(self) -> None:
+        raise TypeError("AutoBitModel has no instances; use AutoBitModel.from_config() or from_pretrained()")
+
+    @staticmethod
+    def from_config(config: BitModelConfig, quant_config: BitQuantConfig | None = None) -> BitModelBase:
+        """A new, untrained model.
+
+        Args:
+            config: The config of a registered model.
+            quant_config: Takes the place of `config.quant_config` where given.
+
+        Raises:
+            QuantizationError: no registered model has such a config.
+        """
+        return find_model_of(config)(config, quant_config)
+
+    @staticmethod
+    def from_pretrained(directory: str | os.PathLike[str]) -> BitModelBase:
+        """A saved model of any registered type, in evaluation mode. See `BitModelBase.from_pretrained`."""
+        model_type, _ = read_config(Path(directory))
+        try:
+            model = find_model(model_type)
+        except QuantizationError as error:
+            raise QuantizationError(f"{Path(directory) / CONFIG_FILE}: {error}") from error
+        return model.from_pretrained(directory)

@@ -1,0 +1,130 @@
+"""`BitModelBase`: what every model can do: save, load, deploy."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import QuantizationError
+from bitlayers import BitLinear, deploy
+from bitmodels.config import CONFIG_FILE, MODEL_TYPE, BitModelConfig, read_config
+from bitmodels.storage import MODEL_FILE, read_tensors, write_tensors, write_text
+
+__all__ = ["BitModelBase", "BitModelConfig"]
+
+
+class BitModelBase(nn.Module):
+    """Base class of models. A subclass sets `config_class`, is decorated with `register_model`, and is built from its
+    config alone.
+
+    Args:
+        config: An instance of `config_class`.
+        quant_config: Takes the place of `config.quant_config` where given.
+
+    Raises:
+        QuantizationError: `config` is of another class.
+    """
+
+    config_class: ClassVar[type[BitModelConfig]] = BitModelConfig
+    model_type: ClassVar[str] = ""
+
+    def __init__(self, config: BitModelConfig, quant_config: BitQuantConfig | None = None) -> None:
+        super().__init__()
+        if not isinstance(config, self.config_class):
+            raise QuantizationError(f"config is a {type(config).__name__}, expected a {self.config_class.__name__}")
+        self.config: Any = config if quant_config is None else dataclasses.replace(config, quant_config=quant_config)
+
+    @property
+    def is_deployed(self) -> bool:
+        """Whether every ternary layer holds packed weights only."""
+        layers = [module for module in self.modules() if isinstance(module, BitLinear)]
+        return bool(layers) and all(layer.is_deployed for layer in layers)
+
+    def deploy(self) -> Self:
+        """Packs all ternary weights for good and sets evaluation mode. Returns the model.
+
+        Raises:
+            QuantizationError: the model is deployed already; a weight is not finite (then nothing has changed).
+        """
+        deploy(self)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training or evaluation mode.
+
+        Raises:
+            QuantizationError: training of a model with a deployed layer (then nothing has changed).
+        """
+        if mode:
+            for name, module in self.named_modules():
+                if isinstance(module, BitLinear) and module.is_deployed:
+                    raise QuantizationError(f"train: {name} is deployed and has no float weight to train")
+        return super().train(mode)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Writes `config.json` and `model.safetensors` into a directory, which is created where it is missing.
+
+        Each file is written beside its place and then renamed. The header of `model.safetensors` repeats the config.
+
+        Raises:
+            QuantizationError: the class has not been registered.
+        """
+        if not self.model_type:
+            raise QuantizationError(f"{type(self).__name__} has no model_type; decorate it with register_model")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(directory / MODEL_FILE, self.state_dict(), self._metadata())
+        text = json.dumps({MODEL_TYPE: self.model_type, **self.config.to_dict()}, indent=2) + "\n"
+        write_text(directory / CONFIG_FILE, text)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> Self:
+        """Reads what `save_pretrained` wrote, checking every byte of it.
+
+        Returns:
+            The model in evaluation mode, deployed where it was deployed when it was saved, on the CPU, with the dtypes
+            of the file.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            QuantizationError: a file is damaged, or the two do not belong together or to this class; the message
+                names the file and both values.
+        """
+        directory = Path(directory)
+        model = cls(cls._read_config(directory))
+        path = directory / MODEL_FILE
+        tensors, metadata = read_tensors(path)
+        model._check_metadata(path, metadata)
+        model._load(path, tensors)
+        return model.eval()
+
+    @classmethod
+    def _read_config(cls, directory: Path) -> BitModelConfig:
+        model_type, values = read_config(directory)
+        path = directory / CONFIG_FILE
+        if model_type != cls.model_type:
+            raise QuantizationError(f'{path}: model_type is "{model_type}", expected "{cls.model_type}"')
+        try:
+            return cls.config_class.from_dict(values)
+        except QuantizationError as error:
+            raise QuantizationError(f"{path}: {error}") from error
+
+    def _metadata(self) -> dict[str, str]:
+        return {"format": "pt", MODEL_TYPE: self.model_type, **self.config.to_metadata()}
+
+    def _check_metadata(self, path: Path, metadata: dict[str, str]) -> None:
+        """The config that the weights were saved with against ours. Files by other hands may have no metadata."""
+        for name, expected in self._metadata().items():
+            found = metadata.get(name, expected)
+            if found != expected:
+                raise QuantizationError(f"{path}: saved with {name}={found}, {CONFIG_FILE} says {name}={expected}")
+
+    def _load(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        try:
+            self.load_state_dict(tensors, assign=True)
+        except (QuantizationError, RuntimeError) as error:  # torch: a missing, unknown or misshapen tensor.
+            raise QuantizationError(f"{path}: {error}") from error
