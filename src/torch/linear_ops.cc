@@ -1,0 +1,96 @@
+// The layer: prepare_weights, inference, and the training forward that keeps what backward needs.
+#include <string>
+
+#include "bitcore/exceptions.h"
+#include "bitcore/ops/base.h"
+#include "bitcore/ops/bitlinear.h"
+#include "executor.h"
+#include "ops.h"
+
+namespace bitcore::torch_ops {
+namespace {
+
+std::string kernel_name(std::optional<StringArgument> kernel) {
+  return kernel.has_value() ? take_string(*kernel) : std::string();
+}
+
+// y of shape (*, out_features).
+Tensor empty_output(const Tensor& x, std::int64_t out_features, std::optional<ScalarType> out_dtype) {
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    throw QuantizationError("out_dtype must be float32, bfloat16 or float16");
+  }
+  return empty(replace_last(x, out_features), dtype);
+}
+
+struct PreparedTensors {
+  Tensor scale;    // () or (out_features,)
+  Tensor qweight;  // (out_features, row_bytes)
+};
+
+PreparedTensors prepare(ConstMatrixView weight, const BitQuantConfig& config, Layout layout,
+                        bitlinear::NonFinite non_finite) {
+  const PackedShape shape = packed_shape(weight.rows, weight.cols, layout);
+  const bool per_channel = config.weight_granularity == Granularity::per_channel;
+  Tensor scale = empty(per_channel ? Shape{weight.rows} : Shape{}, ScalarType::Float);
+  Tensor qweight = empty({shape.out_features, shape.row_bytes()}, ScalarType::Byte);
+  bitlinear::prepare_weights_into(weight, config, layout, non_finite, output_floats(scale), output_rows(qweight),
+                                  torch_executor());
+  return {std::move(scale), std::move(qweight)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> prepare_weights(const Tensor& weight, bool per_channel, StringArgument layout) {
+  const Layout chosen = parse_layout(take_string(layout));
+  const Matrix w = floating_matrix(weight, "weight");
+  auto [scale, qweight] = prepare(w.view, make_config(per_channel, true, false), chosen, bitlinear::NonFinite::reject);
+  return {std::move(scale), std::move(qweight)};
+}
+
+Tensor bitlinear(const Tensor& x, const Tensor& qweight_scale, const Tensor& qweight, std::optional<Tensor> bias,
+                 bool weight_per_channel, bool int8_activations, bool x_per_channel,
+                 std::optional<ScalarType> out_dtype, std::optional<StringArgument> kernel) {
+  const std::string name = kernel_name(kernel);
+  const Matrix rows = floating_rows(x, "x");
+  const Matrix weights = packed_matrix(qweight, /*allow_codes=*/true);
+  const Scale scale = weight_scale(qweight_scale, "qweight_scale", weights.view.rows, weight_per_channel);
+  const Vector b = floating_vector(bias, weights.view.rows, "bias");
+  Tensor y = empty_output(x, weights.view.rows, out_dtype);
+  bitcore::bitlinear::forward(rows.view, scale.values, weights.view, b.view,
+                              make_config(weight_per_channel, int8_activations, x_per_channel), output_rows(y),
+                              {&torch_executor(), name});
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor& x, const Tensor& weight,
+                                                                   std::optional<Tensor> bias, bool weight_per_channel,
+                                                                   bool int8_activations, bool x_per_channel,
+                                                                   std::optional<ScalarType> out_dtype,
+                                                                   std::optional<StringArgument> kernel) {
+  const std::string name = kernel_name(kernel);
+  const BitQuantConfig config = make_config(weight_per_channel, int8_activations, x_per_channel);
+  const Matrix rows = floating_rows(x, "x");
+  const Matrix w = floating_matrix(weight, "weight");
+  if (rows.view.cols != w.view.cols) {
+    throw QuantizationError("x has " + std::to_string(rows.view.cols) + " features, weight expects " +
+                            std::to_string(w.view.cols));
+  }
+  const Vector b = floating_vector(bias, w.view.rows, "bias");
+  Tensor y = empty_output(x, w.view.rows, out_dtype);
+  auto [w_scale, qweight] = prepare(w.view, config, Layout::automatic, bitlinear::NonFinite::keep);
+  const ConstMatrixView packed = output_rows(qweight);
+  const bitlinear::Options options = {&torch_executor(), name};
+  if (!int8_activations) {
+    bitcore::bitlinear::forward_quantized(rows.view, {}, output_floats(w_scale), packed, b.view, config, output_rows(y),
+                                          options);
+    return {y, empty({0}, ScalarType::Char), empty({0}, ScalarType::Float), qweight, w_scale};
+  }
+  Tensor scale = compute_x_scale(x, true, x_per_channel);
+  Tensor qx = quantize_x(x, scale, x_per_channel);
+  bitcore::bitlinear::forward_quantized(output_rows(qx), output_floats(scale), output_floats(w_scale), packed, b.view,
+                                        config, output_rows(y), options);
+  return {y, qx, scale, qweight, w_scale};
+}
+
+}  // namespace bitcore::torch_ops

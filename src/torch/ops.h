@@ -1,0 +1,48 @@
+// The operators' CPU functions; library.cc registers them. Errors are the engine's exceptions.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "tensors.h"
+
+namespace bitcore::torch_ops {
+
+/// A string argument as the stable ABI hands it over: owned by the receiver. (TORCH_BOX's own conversion to std::string
+/// leaks one string a call.)
+using StringArgument = StringHandle;
+
+/// Takes the argument's text and frees the argument.
+std::string take_string(StringArgument argument);
+
+// quantize_ops.cc
+Tensor compute_weight_scale(const Tensor& weight, bool per_channel);
+Tensor quantize_weight(const Tensor& weight, const Tensor& scale, bool per_channel);
+Tensor dequantize_weight(const Tensor& qweight, const Tensor& scale, bool per_channel);
+Tensor compute_x_scale(const Tensor& x, bool int8_activations, bool per_channel);
+Tensor quantize_x(const Tensor& x, const Tensor& scale, bool per_channel);
+Tensor dequantize_x(const Tensor& qx, const Tensor& scale, bool per_channel);
+Tensor pack_weights(const Tensor& qweight, StringArgument layout);
+Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool check);
+void check_qweight(const Tensor& qweight, std::int64_t in_features);
+
+// linear_ops.cc
+std::tuple<Tensor, Tensor> prepare_weights(const Tensor& weight, bool per_channel, StringArgument layout);
+Tensor bitlinear(const Tensor& x, const Tensor& qweight_scale, const Tensor& qweight, std::optional<Tensor> bias,
+                 bool weight_per_channel, bool int8_activations, bool x_per_channel,
+                 std::optional<ScalarType> out_dtype, std::optional<StringArgument> kernel);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor& x, const Tensor& weight,
+                                                                   std::optional<Tensor> bias, bool weight_per_channel,
+                                                                   bool int8_activations, bool x_per_channel,
+                                                                   std::optional<ScalarType> out_dtype,
+                                                                   std::optional<StringArgument> kernel);
+
+// kernel_ops.cc
+std::string list_kernels();
+std::int64_t kernel_tile_calls(StringArgument kernel);
+
+}  // namespace bitcore::torch_ops

@@ -1,0 +1,85 @@
+// Scales, codes and packing: each operator is one call into the engine.
+#include <algorithm>
+
+#include "bitcore/ops/base.h"
+#include "bitcore/ops/packing.h"
+#include "executor.h"
+#include "ops.h"
+
+namespace bitcore::torch_ops {
+
+Tensor compute_weight_scale(const Tensor& weight, bool per_channel) {
+  const Matrix w = floating_matrix(weight, "weight");
+  Tensor scale = empty(per_channel ? Shape{w.view.rows} : Shape{}, ScalarType::Float);
+  bitcore::compute_weight_scale(w.view, make_config(per_channel, true, false), output_floats(scale), torch_executor());
+  return scale;
+}
+
+Tensor quantize_weight(const Tensor& weight, const Tensor& scale, bool per_channel) {
+  const Matrix w = floating_matrix(weight, "weight");
+  const Scale s = weight_scale(scale, "scale", w.view.rows, per_channel);
+  Tensor qweight = empty({w.view.rows, w.view.cols}, ScalarType::Char);
+  bitcore::quantize_weight(w.view, s.values, make_config(per_channel, true, false), output_rows(qweight),
+                           torch_executor());
+  return qweight;
+}
+
+Tensor dequantize_weight(const Tensor& qweight, const Tensor& scale, bool per_channel) {
+  const Matrix q = code_matrix(qweight, "qweight");
+  const Scale s = weight_scale(scale, "scale", q.view.rows, per_channel);
+  Tensor weight = empty({q.view.rows, q.view.cols}, ScalarType::Float);
+  bitcore::dequantize_weight(q.view, s.values, make_config(per_channel, true, false), output_rows(weight));
+  return weight;
+}
+
+Tensor compute_x_scale(const Tensor& x, bool int8_activations, bool per_channel) {
+  const Matrix rows = floating_rows(x, "x");
+  Tensor scale = empty(per_channel ? replace_last(x, 1) : Shape{}, ScalarType::Float);
+  const std::span<float> values = output_floats(scale);
+  if (int8_activations) {
+    bitcore::compute_x_scale(rows.view, make_config(false, true, per_channel), values, torch_executor());
+  } else {
+    std::fill(values.begin(), values.end(), 1.0f);
+  }
+  return scale;
+}
+
+Tensor quantize_x(const Tensor& x, const Tensor& scale, bool per_channel) {
+  const Matrix rows = floating_rows(x, "x");
+  const Scale s = x_scale(scale, x, per_channel);
+  Tensor qx = empty(replace_last(x, rows.view.cols), ScalarType::Char);
+  bitcore::quantize_x(rows.view, s.values, make_config(false, true, per_channel), output_rows(qx), torch_executor());
+  return qx;
+}
+
+Tensor dequantize_x(const Tensor& qx, const Tensor& scale, bool per_channel) {
+  const Matrix rows = code_rows(qx, "qx");
+  const Scale s = x_scale(scale, qx, per_channel);
+  Tensor x = empty(replace_last(qx, rows.view.cols), ScalarType::Float);
+  bitcore::dequantize_x(rows.view, s.values, make_config(false, true, per_channel), output_rows(x));
+  return x;
+}
+
+Tensor pack_weights(const Tensor& qweight, StringArgument layout) {
+  const Layout chosen = parse_layout(take_string(layout));
+  const Matrix q = code_matrix(qweight, "qweight");
+  const PackedShape shape = packed_shape(q.view.rows, q.view.cols, chosen);
+  Tensor packed = empty({shape.out_features, shape.row_bytes()}, ScalarType::Byte);
+  bitcore::pack_weights(q.view, output_rows(packed), chosen);
+  return packed;
+}
+
+// Here every byte is checked whether asked for or not: it costs little on a CPU.
+Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool /*check*/) {
+  const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
+  check_trailer(packed.view, in_features);
+  Tensor codes = empty({packed.view.rows, in_features}, ScalarType::Char);
+  bitcore::unpack_weights(packed.view, output_rows(codes));
+  return codes;
+}
+
+void check_qweight(const Tensor& qweight, std::int64_t in_features) {
+  bitcore::check_qweight(packed_matrix(qweight, /*allow_codes=*/false).view, in_features);
+}
+
+}  // namespace bitcore::torch_ops

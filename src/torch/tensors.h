@@ -1,0 +1,74 @@
+// torch::stable tensors as the engine's views, with the checks that need a tensor: rank, dtype, strides. The engine
+// checks everything else.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "bitcore/config.h"
+#include "bitcore/tensor.h"
+
+namespace bitcore::torch_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<std::int64_t>;
+
+/// A view, and the tensor that owns its memory: the argument itself, or a copy with suitable strides.
+struct Matrix {
+  Tensor owner;
+  ConstMatrixView view;
+};
+struct Vector {
+  std::optional<Tensor> owner;
+  ConstVectorView view;
+};
+struct Scale {
+  Tensor owner;
+  std::span<const float> values;
+};
+
+BitQuantConfig make_config(bool weight_per_channel, bool int8_activations, bool x_per_channel);
+
+/// Shape of the leading dimensions of x, followed by `last`.
+Shape replace_last(const Tensor& x, std::int64_t last);
+
+/// x of any rank from 1, leading dimensions flattened; floating.
+Matrix floating_rows(const Tensor& x, const char* name);
+
+/// The same for int8 codes.
+Matrix code_rows(const Tensor& qx, const char* name);
+
+/// A floating matrix.
+Matrix floating_matrix(const Tensor& weight, const char* name);
+
+/// An int8 matrix; an error for packed bytes names unpack_weights.
+Matrix code_matrix(const Tensor& qweight, const char* name);
+
+/// A contiguous matrix of packed bytes, or of int8 codes where `allow_codes`.
+Matrix packed_matrix(const Tensor& qweight, bool allow_codes);
+
+/// A floating vector of shape (size,), or none.
+Vector floating_vector(const std::optional<Tensor>& tensor, std::int64_t size, const char* name);
+
+/// float32; any one element per tensor; (rows,) or (rows, 1) per channel.
+Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, bool per_channel);
+
+/// float32; any one element per tensor; (*, 1) per channel.
+Scale x_scale(const Tensor& scale, const Tensor& x, bool per_channel);
+
+/// An uninitialized, contiguous CPU tensor.
+Tensor empty(const Shape& shape, ScalarType dtype);
+
+/// A contiguous tensor as a matrix to write, leading dimensions flattened.
+MatrixView output_rows(const Tensor& tensor);
+
+/// A contiguous float32 tensor as floats to write.
+std::span<float> output_floats(const Tensor& tensor);
+
+}  // namespace bitcore::torch_ops
