@@ -1,0 +1,45 @@
+"""BitLab's core: ternary (1.58-bit) linear layers for training and inference."""
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
+from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
+from bitcore.ops import bitlinear
+from bitcore.ops.base import (
+    check_qweight,
+    compute_weight_scale,
+    compute_x_scale,
+    dequantize_weight,
+    dequantize_x,
+    fake_quantize_weight,
+    fake_quantize_x,
+    pack_weights,
+    quantize_weight,
+    quantize_x,
+    repack,
+    unpack_weights,
+)
+from bitcore.ops.bitlinear import prepare_weights
+
+__all__ = [
+    "BitKernelBase",
+    "BitLabError",
+    "BitQuantConfig",
+    "KernelNotFoundError",
+    "KernelRegistry",
+    "QuantizationError",
+    "TorchKernel",
+    "bitlinear",
+    "check_qweight",
+    "compute_weight_scale",
+    "compute_x_scale",
+    "dequantize_weight",
+    "dequantize_x",
+    "fake_quantize_weight",
+    "fake_quantize_x",
+    "pack_weights",
+    "prepare_weights",
+    "quantize_weight",
+    "quantize_x",
+    "repack",
+    "unpack_weights",
+]

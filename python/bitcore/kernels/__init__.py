@@ -1,0 +1,7 @@
+"""Kernels and their registry."""
+
+from bitcore.kernels.base import BitKernelBase
+from bitcore.kernels.registry import KernelRegistry
+from bitcore.kernels.torch_kernel import TorchKernel
+
+__all__ = ["BitKernelBase", "KernelRegistry", "TorchKernel"]

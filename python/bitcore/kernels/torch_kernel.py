@@ -1,0 +1,14 @@
+"""TorchKernel: the whole contract, forward and backward, in plain torch operations, for any device that torch has."""
+
+from bitcore.kernels.operator_kernel import OperatorKernel
+from bitcore.ops import _ops
+
+
+class TorchKernel(OperatorKernel):
+    """Serves every device that has no native kernel, and checks all others. Its operations: `bitcore.ops._torch_ops`.
+
+    float32 activations are multiplied by torch's own float32 matmul, in the precision that torch is set to.
+    """
+
+    inference_op = staticmethod(_ops.torch_bitlinear)
+    training_op = staticmethod(_ops.torch_bitlinear_train)

@@ -1,0 +1,1 @@
+"""Operations: `bitlinear`, `base` and `packing`."""

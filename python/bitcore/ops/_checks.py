@@ -1,0 +1,214 @@
+"""Constant-time checks of shapes, dtypes and devices, in Python: what fakes and TorchKernel validate and infer.
+
+The compiled operators check the same things themselves.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitcore.exceptions import KernelNotFoundError, QuantizationError
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+MAX_IN_FEATURES = 2**24 - 1
+"""Above it an int32 sum of int8 products could overflow."""
+
+MIN_TRAILER_BYTES = 64
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises QuantizationError(message) unless the condition holds."""
+    if not condition:
+        raise QuantizationError(message)
+
+
+def given(situation: str = "", /, **arguments: object) -> None:
+    """Every argument is a tensor. `situation` says why it is needed."""
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            what = "None" if value is None else f"a {type(value).__name__}"
+            raise QuantizationError(f"{name} is {what}, expected a tensor{situation}")
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def packed_row_bytes(out_features: int, in_features: int) -> tuple[int, int]:
+    """Bytes of payload and of trailer for each output row of a packed weight, layout 2bit."""
+    return 4 * ((in_features + 15) // 16), (MIN_TRAILER_BYTES + out_features - 1) // out_features
+
+
+def layout(name: str) -> None:
+    """A layout's name; there is one, and "auto" stands for it."""
+    require(name in ("auto", "2bit"), f'layout is "{name}", expected "auto" or "2bit"')
+
+
+def torch_kernel_only(kernel_name: str | None, device: torch.device) -> None:
+    """Off the CPU, TorchKernel is the one built-in kernel."""
+    if kernel_name not in (None, "TorchKernel"):
+        raise KernelNotFoundError(f"{kernel_name} does not run on {device.type}; TorchKernel does")
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """A dense tensor of a dtype that quantization reads."""
+    require(tensor.layout == torch.strided, f"{name} is a {tensor.layout} tensor, expected a dense one")
+    require(
+        tensor.dtype in FLOATING, f"{name} has dtype {name_of(tensor.dtype)}, expected float32, bfloat16 or float16"
+    )
+
+
+def codes(name: str, tensor: Tensor) -> None:
+    """Dense int8 codes."""
+    require(tensor.layout == torch.strided, f"{name} is a {tensor.layout} tensor, expected a dense one")
+    require(tensor.dtype == torch.int8, f"{name} has dtype {name_of(tensor.dtype)}, expected int8")
+
+
+def matrix(name: str, tensor: Tensor) -> tuple[int, int]:
+    """Rank 2, no side empty, in_features within bounds. Returns (out_features, in_features)."""
+    require(tensor.ndim == 2, f"{name} has {tensor.ndim} dimensions, expected 2")
+    rows, cols = tensor.shape
+    require(rows >= 1, f"{name} has 0 out_features, expected at least 1")
+    require(cols >= 1, f"{name} has 0 in_features, expected at least 1")
+    require(cols <= MAX_IN_FEATURES, f"{name} has {cols} in_features, at most {MAX_IN_FEATURES} are supported")
+    return rows, cols
+
+
+def same_device(x_name: str, x: Tensor, **others: Tensor | None) -> None:
+    """All tensors on the device of the first."""
+    for name, tensor in others.items():
+        if tensor is not None:
+            require(tensor.device == x.device, f"{name} is on {tensor.device}, {x_name} is on {x.device}")
+
+
+def weight_scale(name: str, scale: Tensor, out_features: int, per_channel: bool) -> None:
+    """float32; any one element per tensor, (out_features,) or (out_features, 1) per channel."""
+    require(scale.dtype == torch.float32, f"{name} has dtype {name_of(scale.dtype)}, expected float32")
+    shape = tuple(scale.shape)
+    if per_channel:
+        fits = shape == (out_features,) or shape == (out_features, 1)
+        require(fits, f"{name} has shape {shape}, expected ({out_features},) for per_channel weights")
+    else:
+        require(scale.numel() == 1, f"{name} has shape {shape}, expected one element for per_tensor weights")
+
+
+def x_scale_shape(x: Tensor, per_channel: bool) -> list[int]:
+    """() per tensor, (*, 1) per channel."""
+    return [*x.shape[:-1], 1] if per_channel else []
+
+
+def x_scale(scale: Tensor, x: Tensor, per_channel: bool) -> None:
+    """float32; any one element per tensor, (*, 1) per channel."""
+    require(scale.dtype == torch.float32, f"scale has dtype {name_of(scale.dtype)}, expected float32")
+    shape = tuple(scale.shape)
+    if per_channel:
+        expected = tuple(x_scale_shape(x, True))
+        require(shape == expected, f"scale has shape {shape}, expected {expected} for per_channel activations")
+    else:
+        require(scale.numel() == 1, f"scale has shape {shape}, expected one element for per_tensor activations")
+
+
+def packed(qweight: Tensor, in_features: int) -> None:
+    """A uint8 tensor of the size that packing gives."""
+    require(qweight.dtype == torch.uint8, f"qweight has dtype {name_of(qweight.dtype)}, expected uint8")
+    out_features, row_bytes = matrix("qweight", qweight)
+    require(
+        1 <= in_features <= MAX_IN_FEATURES,
+        f"in_features is {in_features}, expected at least 1 and at most {MAX_IN_FEATURES}",
+    )
+    expected = sum(packed_row_bytes(out_features, in_features))
+    require(
+        row_bytes == expected,
+        f"qweight has {row_bytes} bytes a row, expected {expected} for {out_features} out_features "
+        f"and {in_features} in_features",
+    )
+
+
+def activations(x: Tensor) -> int:
+    """A floating x of rank 1 or more. Returns in_features."""
+    floating("x", x)
+    require(x.ndim >= 1, "x has 0 dimensions, expected at least 1")
+    return x.shape[-1]
+
+
+def linear(
+    x: Tensor, weight_name: str, out_features: int, in_features: int, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[Sequence[int], torch.dtype]:
+    """x, bias and out_dtype against a weight's sizes. Returns shape and dtype of y."""
+    features = activations(x)
+    require(features == in_features, f"x has {features} features, {weight_name} expects {in_features}")
+    if bias is not None:
+        floating("bias", bias)
+        shape = tuple(bias.shape)
+        require(shape == (out_features,), f"bias has shape {shape}, expected ({out_features},)")
+    dtype = out_dtype or x.dtype
+    require(dtype in FLOATING, f"out_dtype is {name_of(dtype)}, expected float32, bfloat16 or float16")
+    return [*x.shape[:-1], out_features], dtype
+
+
+def inference(
+    x: Tensor,
+    qweight_scale: Tensor,
+    qweight: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    out_dtype: torch.dtype | None,
+) -> tuple[Sequence[int], torch.dtype]:
+    """All tensors of an inference call. Returns shape and dtype of y."""
+    same_device("x", x, qweight_scale=qweight_scale, qweight=qweight, bias=bias)
+    features = activations(x)
+    require(
+        qweight.dtype in (torch.uint8, torch.int8),
+        f"qweight has dtype {name_of(qweight.dtype)}, expected uint8 (packed) or int8 (codes)",
+    )
+    out_features, in_features = matrix("qweight", qweight)
+    if qweight.dtype == torch.uint8:
+        packed(qweight, features)
+        in_features = features
+    weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)
+    return linear(x, "qweight", out_features, in_features, bias, out_dtype)
+
+
+def training(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[Sequence[int], torch.dtype]:
+    """All tensors of a training call. Returns shape and dtype of y."""
+    same_device("x", x, weight=weight, bias=bias)
+    floating("weight", weight)
+    return linear(x, "weight", *matrix("weight", weight), bias, out_dtype)
+
+
+def plain_codes(qweight: Tensor) -> None:
+    """int8 codes, not a packed weight."""
+    require(qweight.dtype != torch.uint8, "qweight is packed (uint8), expected int8 codes; unpack_weights returns them")
+    codes("qweight", qweight)
+
+
+def weight_and_scale(weight: Tensor, scale: Tensor, per_channel: bool) -> None:
+    """A floating weight (N, K) and its scale."""
+    floating("weight", weight)
+    same_device("weight", weight, scale=scale)
+    weight_scale("scale", scale, matrix("weight", weight)[0], per_channel)
+
+
+def qweight_and_scale(qweight: Tensor, scale: Tensor, per_channel: bool) -> None:
+    """int8 codes (N, K) and their scale."""
+    plain_codes(qweight)
+    same_device("qweight", qweight, scale=scale)
+    weight_scale("scale", scale, matrix("qweight", qweight)[0], per_channel)
+
+
+def x_and_scale(x: Tensor, scale: Tensor, per_channel: bool) -> None:
+    """A floating x (*, K) and its scale."""
+    activations(x)
+    same_device("x", x, scale=scale)
+    x_scale(scale, x, per_channel)
+
+
+def qx_and_scale(qx: Tensor, scale: Tensor, per_channel: bool) -> None:
+    """int8 codes (*, K) and their scale."""
+    codes("qx", qx)
+    same_device("qx", qx, scale=scale)
+    x_scale(scale, qx, per_channel)

@@ -1,0 +1,358 @@
+"""The operators `torch.ops.bitcore.*` as Python completes them: other devices, fakes, autograd.
+
+src/torch/library.cc holds their schemas and what a CPU runs. Importing this module loads them. Each has
+
+- a function for every other device: the one of the same name in `_torch_ops`;
+- a fake (shape and dtype inference) that checks what the operator checks;
+- for the layer, the straight-through backward.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitcore import _library
+from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
+from bitcore.ops import _checks, _torch_ops
+
+_library.load()
+_lib = torch.library.Library("bitcore", "FRAGMENT")
+_LAYER_PREFIXES = ("", "torch_")
+
+
+# ---- calling ---------------------------------------------------------------------------------------------------------
+
+
+def call(op: Callable[..., Any], *args: Any) -> Any:
+    """Calls an operator; an engine error is raised as the class that its message names.
+
+    Raises:
+        QuantizationError, KernelNotFoundError
+    """
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        raise _documented(error) from None
+
+
+def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any, *rest: Any) -> Any:
+    """Calls an inference operator; where nothing asks for a gradient, without the detour over autograd in Python.
+
+    That detour costs as much as the rest of a small layer; torch takes it for an operator with a gradient even where
+    none is asked for.
+    """
+    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad))
+    if wants_gradient or torch.compiler.is_compiling():
+        return call(op, x, scale, qweight, bias, *rest)
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(op, x, scale, qweight, bias, *rest)
+
+
+def _documented(error: RuntimeError) -> RuntimeError | BitLabError:
+    text = str(error)
+    name, _, message = text.partition(": ")
+    for documented in (QuantizationError, KernelNotFoundError):
+        if name == documented.__name__:
+            return documented(message)
+    if "Expected a value of type" in text:  # torch's own check of the arguments' Python types
+        return QuantizationError(text.partition("\n")[0])
+    return error
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants y in; None outside of autocast."""
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[object]:
+    """Inside, autocast changes nothing."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
+def detached(name: str, tensor: Tensor) -> Tensor:
+    """The tensor without its graph.
+
+    Raises:
+        QuantizationError: it is None or no tensor.
+    """
+    _checks.given(**{name: tensor})
+    return tensor.detach()
+
+
+# ---- other devices ---------------------------------------------------------------------------------------------------
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast would run the matmuls inside in a lower precision."""
+
+    @wraps(function)
+    def run(*args: Any) -> Any:
+        with autocast_off(args[0].device.type):
+            return function(*args)
+
+    return run
+
+
+def straight_through(value: Tensor, source: Tensor) -> Tensor:
+    """A copy of value; its gradient goes to source."""
+    _checks.require(
+        value.shape == source.shape, f"value has shape {tuple(value.shape)}, source has {tuple(source.shape)}"
+    )
+    return value.clone(memory_format=torch.contiguous_format)
+
+
+for _name in (
+    "compute_weight_scale",
+    "quantize_weight",
+    "dequantize_weight",
+    "compute_x_scale",
+    "quantize_x",
+    "dequantize_x",
+    "prepare_weights",
+    "pack_weights",
+    "unpack_weights",
+    "check_qweight",
+):
+    _lib.impl(_name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
+for _prefix in _LAYER_PREFIXES:
+    for _name in ("bitlinear", "bitlinear_train"):
+        _lib.impl(_prefix + _name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
+_lib.impl("straight_through", straight_through, "CompositeExplicitAutograd")
+
+
+# ---- fakes -----------------------------------------------------------------------------------------------------------
+
+
+def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return torch.library.register_fake(f"bitcore::{name}", lib=_lib)
+
+
+def _weight_scale_like(weight: Tensor, per_channel: bool) -> Tensor:
+    return weight.new_empty([weight.shape[0]] if per_channel else [], dtype=torch.float32)
+
+
+def _packed_like(weight: Tensor) -> Tensor:
+    out_features, in_features = _checks.matrix("qweight", weight)
+    row_bytes = sum(_checks.packed_row_bytes(out_features, in_features))
+    return weight.new_empty([out_features, row_bytes], dtype=torch.uint8)
+
+
+@_fake("compute_weight_scale")
+def _(weight: Tensor, per_channel: bool) -> Tensor:
+    _checks.floating("weight", weight)
+    _checks.matrix("weight", weight)
+    return _weight_scale_like(weight, per_channel)
+
+
+@_fake("quantize_weight")
+def _(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.weight_and_scale(weight, scale, per_channel)
+    return weight.new_empty(weight.shape, dtype=torch.int8)
+
+
+@_fake("dequantize_weight")
+def _(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.qweight_and_scale(qweight, scale, per_channel)
+    return qweight.new_empty(qweight.shape, dtype=torch.float32)
+
+
+@_fake("compute_x_scale")
+def _(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
+    _checks.activations(x)
+    return x.new_empty(_checks.x_scale_shape(x, per_channel), dtype=torch.float32)
+
+
+@_fake("quantize_x")
+def _(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.x_and_scale(x, scale, per_channel)
+    return x.new_empty(x.shape, dtype=torch.int8)
+
+
+@_fake("dequantize_x")
+def _(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.qx_and_scale(qx, scale, per_channel)
+    return qx.new_empty(qx.shape, dtype=torch.float32)
+
+
+@_fake("prepare_weights")
+def _(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
+    _checks.floating("weight", weight)
+    _checks.layout(layout)
+    return _weight_scale_like(weight, per_channel), _packed_like(weight)
+
+
+@_fake("pack_weights")
+def _(qweight: Tensor, layout: str = "auto") -> Tensor:
+    _checks.plain_codes(qweight)
+    _checks.layout(layout)
+    return _packed_like(qweight)
+
+
+@_fake("unpack_weights")
+def _(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
+    _checks.packed(qweight, in_features)
+    return qweight.new_empty([qweight.shape[0], in_features], dtype=torch.int8)
+
+
+@_fake("check_qweight")
+def _(qweight: Tensor, in_features: int) -> None:
+    _checks.packed(qweight, in_features)
+
+
+@_fake("straight_through")
+def _(value: Tensor, source: Tensor) -> Tensor:
+    return value.new_empty(value.shape)
+
+
+def _fake_bitlinear(
+    x: Tensor,
+    qweight_scale: Tensor,
+    qweight: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    int8_activations: bool,
+    x_per_channel: bool,
+    out_dtype: torch.dtype | None = None,
+    kernel_name: str | None = None,
+) -> Tensor:
+    shape, dtype = _checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    return x.new_empty(shape, dtype=dtype)
+
+
+def _fake_bitlinear_train(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    int8_activations: bool,
+    x_per_channel: bool,
+    out_dtype: torch.dtype | None = None,
+    kernel_name: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape, dtype = _checks.training(x, weight, bias, out_dtype)
+    x_scale_shape = _checks.x_scale_shape(x, x_per_channel) if int8_activations else [0]
+    return (
+        x.new_empty(shape, dtype=dtype),
+        x.new_empty(x.shape if int8_activations else [0], dtype=torch.int8),
+        x.new_empty(x_scale_shape, dtype=torch.float32),
+        _packed_like(weight),
+        _weight_scale_like(weight, weight_per_channel),
+    )
+
+
+# ---- autograd: the straight-through estimator ------------------------------------------------------------------------
+#
+# dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: matmuls with the integer codes, the scales folded into
+# dY. In float32 whatever the dtypes are, and rounded once to that of the argument.
+
+
+def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, qweight_scale, qweight, bias, ctx.weight_per_channel = inputs[:5]
+    ctx.save_for_backward(qweight_scale, qweight)
+    ctx.in_features, ctx.x_dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
+
+
+def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    qweight_scale, qweight = ctx.saved_tensors
+    needs_x, _, _, needs_bias = ctx.needs_input_grad[:4]
+    with autocast_off(dy.device.type):
+        dx = _dx(ctx, dy, qweight_scale, qweight) if needs_x else None
+        return dx, None, None, _dbias(ctx, dy) if needs_bias else None, *[None] * 5
+
+
+def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, ctx.weight_per_channel, ctx.int8_activations = inputs[:5]
+    _, qx, x_scale, qweight, qweight_scale = output
+    ctx.mark_non_differentiable(qx, x_scale, qweight, qweight_scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qx if ctx.int8_activations else x, x_scale, qweight, qweight_scale)
+    ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[-1], x.dtype, weight.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    _refuse_second_derivative()
+    if dy is None:
+        return (None,) * 8
+    qx, x_scale, qweight, qweight_scale = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    with autocast_off(dy.device.type):
+        dx = _dx(ctx, dy, qweight_scale, qweight) if needs_x else None
+        dweight = _dweight(ctx, dy, qx, x_scale) if needs_weight else None
+        return dx, dweight, _dbias(ctx, dy) if needs_bias else None, *[None] * 5
+
+
+def _dx(ctx: Any, dy: Tensor, qweight_scale: Tensor, qweight: Tensor) -> Tensor:
+    codes = qweight
+    if qweight.dtype == torch.uint8:
+        codes = torch.ops.bitcore.unpack_weights(qweight, ctx.in_features, False)
+    scaled = dy.float() * qweight_scale.reshape(-1 if ctx.weight_per_channel else ())
+    return (scaled @ codes.float()).to(ctx.x_dtype)
+
+
+def _dweight(ctx: Any, dy: Tensor, qx: Tensor, x_scale: Tensor) -> Tensor:
+    scaled = dy.float() * x_scale if ctx.int8_activations else dy.float()
+    rows = scaled.reshape(-1, dy.shape[-1])
+    return (rows.t() @ qx.reshape(-1, ctx.in_features).float()).to(ctx.weight_dtype)
+
+
+def _dbias(ctx: Any, dy: Tensor) -> Tensor:
+    return dy.float().reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+
+
+def _refuse_second_derivative() -> None:
+    # Gradients are recorded here only for create_graph=True. Those of the straight-through estimator are no
+    # derivatives of the forward, so that differentiating them again would give silently wrong numbers.
+    if torch.is_grad_enabled():
+        raise NotImplementedError("bitlinear has no second derivative: call backward or grad without create_graph=True")
+
+
+def _keep_dtype(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.source_dtype = inputs[1].dtype
+
+
+def _to_source(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+    return None, gradient.to(ctx.source_dtype)
+
+
+for _prefix in _LAYER_PREFIXES:
+    _fake(f"{_prefix}bitlinear")(_fake_bitlinear)
+    _fake(f"{_prefix}bitlinear_train")(_fake_bitlinear_train)
+    torch.library.register_autograd(
+        f"bitcore::{_prefix}bitlinear", _backward_inference, setup_context=_keep_for_inference, lib=_lib
+    )
+    torch.library.register_autograd(
+        f"bitcore::{_prefix}bitlinear_train", _backward_training, setup_context=_keep_for_training, lib=_lib
+    )
+torch.library.register_autograd("bitcore::straight_through", _to_source, setup_context=_keep_dtype, lib=_lib)
+
+
+# ---- the operators, resolved once ------------------------------------------------------------------------------------
+
+compute_weight_scale = torch.ops.bitcore.compute_weight_scale.default
+quantize_weight = torch.ops.bitcore.quantize_weight.default
+dequantize_weight = torch.ops.bitcore.dequantize_weight.default
+compute_x_scale = torch.ops.bitcore.compute_x_scale.default
+quantize_x = torch.ops.bitcore.quantize_x.default
+dequantize_x = torch.ops.bitcore.dequantize_x.default
+prepare_weights = torch.ops.bitcore.prepare_weights.default
+pack_weights = torch.ops.bitcore.pack_weights.default
+unpack_weights = torch.ops.bitcore.unpack_weights.default
+check_qweight = torch.ops.bitcore.check_qweight.default
+bitlinear = torch.ops.bitcore.bitlinear.default
+bitlinear_train = torch.ops.bitcore.bitlinear_train.default
+torch_bitlinear = torch.ops.bitcore.torch_bitlinear.default
+torch_bitlinear_train = torch.ops.bitcore.torch_bitlinear_train.default
+attach_gradient = torch.ops.bitcore.straight_through.default
+list_kernels = torch.ops.bitcore.list_kernels.default
+kernel_tile_calls = torch.ops.bitcore.kernel_tile_calls.default

@@ -1,0 +1,238 @@
+"""TorchKernel's operations: the whole contract in plain torch operations, for any device that torch has.
+
+They are what the operators run where no native kernel exists, and an independent check of those that do. They never
+synchronize a device except where a docstring says so: on a CPU wrong values raise, elsewhere every output is NaN.
+Nothing here may be traced by a compiler, which could fuse or reorder what must be rounded step by step: that is why
+they stand behind operators. Arguments and results are those of the operators of the same name (`_ops`).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bitcore.ops import _checks
+from bitcore.ops import _torch_packing as packing
+from bitcore.ops._torch_packing import Fault, raise_faults
+
+SCALE_FLOOR = 1e-5
+_SUM_BLOCK = 4096
+_SUM_LANES = 16
+_EXACT_K = 131_071
+"""Products of codes are at most 128 in magnitude: sums over this many stay below 2^24, exact in float32.
+
+This holds in every reduced precision that torch may be told to use for float32 matmul: the codes have at most 8
+significant bits, exact in bfloat16 and TF32 as well, and sums are kept in float32.
+"""
+
+
+# ---- scales and codes ------------------------------------------------------------------------------------------------
+
+
+def compute_weight_scale(weight: Tensor, per_channel: bool) -> Tensor:
+    _checks.floating("weight", weight)
+    _checks.matrix("weight", weight)
+    rows = weight.float().abs()
+    total = _fixed_order_sum(rows if per_channel else rows.reshape(1, -1))
+    mean = _divide(total, weight.numel() // len(total)).float()
+    scale = torch.where(mean.isfinite(), mean.clamp(min=SCALE_FLOOR), torch.nan)
+    return scale if per_channel else scale.view(())
+
+
+def _fixed_order_sum(values: Tensor) -> Tensor:
+    """float64 sum of each row of float32 (R, n) in the one order of docs/contract.md: (R,)."""
+    while True:
+        length = values.shape[1]
+        block = min(_SUM_BLOCK, length + -length % _SUM_LANES)
+        steps = (
+            functional.pad(values, (0, -length % block))
+            .view(len(values), -1, block // _SUM_LANES, _SUM_LANES)
+            .unbind(2)
+        )
+        lanes = torch.zeros_like(steps[0], dtype=torch.float64)
+        for step in steps:
+            lanes += step
+        for half in (8, 4, 2, 1):
+            lanes = lanes[..., :half] + lanes[..., half:]
+        values = lanes.squeeze(-1)
+        if values.shape[1] == 1:
+            return values.squeeze(1)
+
+
+def _divide(values: Tensor, divisor: int) -> Tensor:
+    # By a tensor: torch multiplies by the reciprocal of a plain number on some devices.
+    return values / torch.full_like(values, divisor)
+
+
+def compute_x_scale(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
+    _checks.activations(x)
+    shape = _checks.x_scale_shape(x, per_channel)
+    if not int8_activations:
+        return torch.ones(shape, dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        absmax = torch.zeros(shape, dtype=torch.float32, device=x.device)
+    else:
+        magnitude = x.float().abs()
+        absmax = magnitude.amax(-1, keepdim=True) if per_channel else magnitude.amax()
+    scale = _divide(absmax.clamp(min=SCALE_FLOOR), 127)
+    return torch.where(absmax.isfinite(), scale, torch.nan)
+
+
+def _quantize(values: Tensor, scale: Tensor, lowest: int, highest: int) -> Tensor:
+    codes = (values.float() / scale).round().clamp(lowest, highest)
+    return codes.nan_to_num(0.0).to(torch.int8)
+
+
+def _weight_scale_column(scale: Tensor, per_channel: bool) -> Tensor:
+    """(N, 1) or (), to meet a weight (N, K)."""
+    return scale.reshape(-1, 1) if per_channel else scale.reshape(())
+
+
+def _x_scale_column(scale: Tensor, per_channel: bool) -> Tensor:
+    """(*, 1) or (), to meet x (*, K)."""
+    return scale if per_channel else scale.reshape(())
+
+
+def quantize_weight(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.weight_and_scale(weight, scale, per_channel)
+    return _quantize(weight, _weight_scale_column(scale, per_channel), -1, 1)
+
+
+def dequantize_weight(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.qweight_and_scale(qweight, scale, per_channel)
+    return qweight.float() * _weight_scale_column(scale, per_channel)
+
+
+def quantize_x(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.x_and_scale(x, scale, per_channel)
+    return _quantize(x, _x_scale_column(scale, per_channel), -128, 127)
+
+
+def dequantize_x(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
+    _checks.qx_and_scale(qx, scale, per_channel)
+    return qx.float() * _x_scale_column(scale, per_channel)
+
+
+# ---- packing ---------------------------------------------------------------------------------------------------------
+
+
+def prepare_weights(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
+    """Synchronizes the device: a weight that is not finite raises."""
+    scale = compute_weight_scale(weight, per_channel)
+    raise_faults([Fault(~weight.isfinite().all(), "weight holds a NaN or an infinity")])
+    return scale, pack_weights(quantize_weight(weight, scale, per_channel), layout)
+
+
+def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
+    """Synchronizes the device: an invalid code raises."""
+    _checks.plain_codes(qweight)
+    _checks.matrix("qweight", qweight)
+    _checks.layout(layout)
+    raise_faults([_invalid_code(qweight)])
+    return packing.pack(qweight)
+
+
+def unpack_weights(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
+    """Synchronizes the device where `check` asks to read every byte."""
+    _checks.packed(qweight, in_features)
+    codes, faults = packing.unpack(qweight, in_features)
+    if check:
+        raise_faults(faults + packing.integrity_faults(qweight, in_features))
+    return codes
+
+
+def check_qweight(qweight: Tensor, in_features: int) -> None:
+    """Synchronizes the device."""
+    unpack_weights(qweight, in_features)
+
+
+def _invalid_code(codes: Tensor) -> Fault:
+    return Fault(((codes < -1) | (codes > 1)).any(), "qweight holds a code that is not -1, 0 or 1")
+
+
+# ---- the linear layer ------------------------------------------------------------------------------------------------
+
+
+def bitlinear(
+    x: Tensor,
+    qweight_scale: Tensor,
+    qweight: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    int8_activations: bool,
+    x_per_channel: bool,
+    out_dtype: torch.dtype | None = None,
+    kernel_name: str | None = None,
+) -> Tensor:
+    _checks.torch_kernel_only(kernel_name, x.device)
+    _, dtype = _checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    if qweight.dtype == torch.int8:
+        codes, faults = qweight, [_invalid_code(qweight)]
+    else:
+        codes, faults = packing.unpack(qweight, x.shape[-1])
+    usable = (qweight_scale > 0) & qweight_scale.isfinite()
+    faults.append(Fault(~usable.all(), "qweight_scale holds a value that is not finite and positive"))
+    if x.device.type == "cpu":
+        raise_faults(faults)
+    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
+    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel)
+    return y.masked_fill(torch.stack([fault.found for fault in faults]).any(), torch.nan).to(dtype)
+
+
+def bitlinear_train(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    int8_activations: bool,
+    x_per_channel: bool,
+    out_dtype: torch.dtype | None = None,
+    kernel_name: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.torch_kernel_only(kernel_name, x.device)
+    _, dtype = _checks.training(x, weight, bias, out_dtype)
+    qweight_scale = compute_weight_scale(weight, weight_per_channel)
+    codes = quantize_weight(weight, qweight_scale, weight_per_channel)
+    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
+    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel).to(dtype)
+    if not int8_activations:
+        qx, x_scale = qx.new_empty(0, dtype=torch.int8), x_scale.new_empty(0)
+    return y, qx, x_scale, packing.pack(codes), qweight_scale
+
+
+def _quantized_x(x: Tensor, int8_activations: bool, per_channel: bool) -> tuple[Tensor, Tensor]:
+    """Codes and their scale; float32 activations: x in float32, and 1, or NaN for a row that is not finite."""
+    if int8_activations:
+        scale = compute_x_scale(x, True, per_channel)
+        return _quantize(x, scale, -128, 127), scale
+    wide = x.float()
+    scale = compute_x_scale(x, False, True)
+    return wide, scale.masked_fill(~wide.isfinite().all(-1, keepdim=True), torch.nan)
+
+
+def _linear(
+    qx: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_per_channel: bool
+) -> Tensor:
+    """float32 y = sum * (s_x * s_w) + bias: three operations, none fused."""
+    multiply = _integer_matmul if qx.dtype == torch.int8 else _float_matmul
+    total = multiply(qx, codes)
+    y = total * (x_scale * weight_scale.reshape(-1 if weight_per_channel else ()))
+    return y if bias is None else y + bias.float()
+
+
+def _float_matmul(x: Tensor, codes: Tensor) -> Tensor:
+    """float32 of the float64 sums of x (*, K) times codes (N, K), transposed.
+
+    In float64 neither the order in which torch adds, which changes with the number of rows, nor TF32 shows.
+    """
+    return functional.linear(x.double(), codes.double()).float()
+
+
+def _integer_matmul(qx: Tensor, codes: Tensor) -> Tensor:
+    """float32 of the exact integer sums of qx (*, K) times codes (N, K), transposed."""
+    blocks = [
+        functional.linear(x_block.float(), w_block.float())
+        for x_block, w_block in zip(qx.split(_EXACT_K, -1), codes.split(_EXACT_K, -1), strict=True)
+    ]
+    if len(blocks) == 1:
+        return blocks[0] + 0.0  # An integer zero has no sign; a sum of products with 0 may be -0.0.
+    return torch.stack([block.to(torch.int32) for block in blocks]).sum(0, dtype=torch.int32).float()

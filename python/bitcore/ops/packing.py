@@ -1,0 +1,61 @@
+"""The packed ternary weight: a plain uint8 tensor, the same bytes on every machine and device.
+
+docs/packed-format.md describes them. `layout` is "auto" (a fixed rule of the shape) or "2bit", today the only one.
+"""
+
+from torch import Tensor
+
+from bitcore.ops import _checks, _ops
+
+
+def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
+    """Packs ternary codes.
+
+    Args:
+        qweight: int8 (out_features, in_features) of -1, 0, 1.
+        layout: "auto" or "2bit".
+
+    Returns:
+        uint8 (out_features, R + T), R = 4 * ceil(in_features / 16), T = ceil(64 / out_features).
+
+    Raises:
+        QuantizationError: wrong rank or dtype, a code that is not -1, 0 or 1, an unknown layout.
+    """
+    _checks.given(qweight=qweight)
+    return _ops.call(_ops.pack_weights, qweight, layout)
+
+
+def unpack_weights(qweight: Tensor, in_features: int) -> Tensor:
+    """Inverse of pack_weights. Reads and checks every byte; on a GPU it synchronizes.
+
+    Args:
+        qweight: uint8, as pack_weights and prepare_weights return it.
+        in_features: The columns that were packed.
+
+    Returns:
+        int8 (out_features, in_features) of -1, 0, 1.
+
+    Raises:
+        QuantizationError: wrong dtype or length, a damaged trailer, checksum or code, other sizes.
+    """
+    _checks.given(qweight=qweight)
+    return _ops.call(_ops.unpack_weights, qweight, in_features)
+
+
+def repack(qweight: Tensor, in_features: int, layout: str = "auto") -> Tensor:
+    """Rewrites a packed weight in another layout.
+
+    Raises:
+        QuantizationError: as unpack_weights, or an unknown layout.
+    """
+    return pack_weights(unpack_weights(qweight, in_features), layout)
+
+
+def check_qweight(qweight: Tensor, in_features: int) -> None:
+    """Reads every byte of a packed weight: length, trailer, checksum, codes. On a GPU it synchronizes.
+
+    Raises:
+        QuantizationError: says what is damaged.
+    """
+    _checks.given(qweight=qweight)
+    _ops.call(_ops.check_qweight, qweight, in_features)

@@ -1,0 +1,160 @@
+"""The straight-through gradients: values, who gets them, dtypes, second derivatives."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.kernels import KernelRegistry
+from bitcore.ops import _ops, base, bitlinear
+from bitcore.testing import assert_same_bits
+from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer, plain_step
+
+all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
+
+
+def _leaves(layer: Layer) -> Layer:
+    return Layer(*(tensor.detach().clone().requires_grad_() for tensor in layer))
+
+
+def _close(ours: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    assert ours.shape == expected.shape
+    assert (ours.double() - expected.double()).abs().max() <= relative * expected.double().abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["native", "TorchKernel"])
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (0,)], ids=str)
+@all_configs
+def test_training_gradients_are_those_of_plain_pytorch(
+    config: BitQuantConfig, leading: tuple[int, ...], kernel: str
+) -> None:
+    ours, plain = _leaves(make_layer(*leading)), _leaves(make_layer(*leading))
+    dy = torch.randn(*leading, 19, generator=torch.Generator().manual_seed(1))
+    with KernelRegistry.forced(*(["TorchKernel"] if kernel == "TorchKernel" else [])):
+        y = bitlinear.forward(ours.x, ours.weight, bias=ours.bias, quant_config=config, training=True)
+    y.backward(dy)
+    if leading == (0,):
+        assert all(not leaf.grad.any() for leaf in ours if leaf.grad is not None)
+        return
+    expected = plain_step(plain, config)
+    expected.backward(dy.double())
+    _close(y, expected)
+    for leaf, reference in zip(ours, plain, strict=True):
+        assert leaf.grad is not None
+        assert reference.grad is not None
+        _close(leaf.grad, reference.grad)
+
+
+@all_configs
+def test_inference_gives_x_and_bias_their_gradients(config: BitQuantConfig) -> None:
+    layer = _leaves(make_layer(2, 3))
+    scale, qweight = bitlinear.prepare_weights(layer.weight, config)
+    codes = base.quantize_weight(layer.weight, scale, config)
+    dy = torch.randn(2, 3, 19)
+    for form in (qweight, codes):
+        y = bitlinear.forward(layer.x, qweight_scale=scale, qweight=form, bias=layer.bias, quant_config=config)
+        dx, dbias = torch.autograd.grad(y, (layer.x, layer.bias), dy)
+        _close(dx, dy @ base.dequantize_weight(codes, scale, config))
+        _close(dbias, dy.sum((0, 1)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
+def test_gradients_have_their_argument_dtype(dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
+    layer = make_layer(4)
+    leaves = [layer.x.to(dtype), layer.weight, layer.bias.to(bias_dtype)]
+    x, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
+    bitlinear.forward(x, weight, bias=bias, quant_config=PER_TOKEN, training=True).sum().backward()
+    for leaf in (x, weight, bias):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == leaf.dtype
+
+
+def test_only_what_asks_for_a_gradient_gets_one() -> None:
+    layer = make_layer(4)
+    weight = layer.weight.clone().requires_grad_()
+    y = bitlinear.forward(layer.x, weight, quant_config=PER_TOKEN, training=True)
+    y.sum().backward()
+    assert layer.x.grad is None
+    assert weight.grad is not None
+    assert not bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True).requires_grad
+    with torch.no_grad():
+        assert not bitlinear.forward(layer.x, weight, quant_config=PER_TOKEN, training=True).requires_grad
+
+
+def test_training_alone_decides_the_mode() -> None:
+    layer = _leaves(make_layer(4))
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with torch.no_grad():
+        trained = bitlinear.forward(layer.x, layer.weight, scale * 2, qweight, None, PER_TOKEN, True)
+    inferred = bitlinear.forward(layer.x, layer.weight * 2, scale, qweight, None, PER_TOKEN, False)
+    assert_same_bits(trained, inferred.detach())
+
+
+@all_configs
+def test_saved_for_backward_are_codes_and_not_float_copies(config: BitQuantConfig) -> None:
+    layer = _leaves(make_layer(64, out_features=64, in_features=64))
+    saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        bitlinear.forward(layer.x, layer.weight, bias=layer.bias, quant_config=config, training=True)
+    floats = [t for t in saved if t.is_floating_point() and t.numel() > 64 and t.data_ptr() != layer.x.data_ptr()]
+    assert not floats
+    assert sum(t.nbytes for t in saved if t.dtype == torch.uint8) == 64 * (16 + 1)
+
+
+def test_backward_inside_autocast_keeps_its_precision() -> None:
+    gradients = []
+    for enabled in (False, True):
+        layer = _leaves(make_layer(4))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
+            y.float().sum().backward()
+        assert layer.x.grad is not None
+        gradients.append(layer.x.grad)
+    assert_same_bits(gradients[1], gradients[0])
+
+
+def test_second_derivatives_are_refused() -> None:
+    layer = _leaves(make_layer(4))
+    y = bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(y.sum(), layer.x, create_graph=True)
+
+
+@all_configs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fake_quantization(config: BitQuantConfig, dtype: torch.dtype) -> None:
+    layer = make_layer(3, 2, dtype=dtype)
+    x, weight = layer.x.clone().requires_grad_(), layer.weight.clone().requires_grad_()
+    fake_weight, fake_x = base.fake_quantize_weight(weight, config), base.fake_quantize_x(x, config)
+    scale = base.compute_weight_scale(weight, config)
+    codes = base.quantize_weight(weight, scale, config)
+    assert_same_bits(fake_weight.detach(), base.dequantize_weight(codes, scale, config))
+    if config.activation_dtype == "int8":
+        x_scale = base.compute_x_scale(x, config)
+        qx = base.quantize_x(x, x_scale, config)
+        assert_same_bits(fake_x.detach(), base.dequantize_x(qx, x_scale, config))
+    else:
+        assert fake_x is x
+        assert base.quantize_x(x, base.compute_x_scale(x, config), config) is x
+    upstream = torch.randn(19, 37)
+    (gradient,) = torch.autograd.grad(fake_weight, weight, upstream)
+    assert_same_bits(gradient, upstream.to(dtype))
+    assert not scale.requires_grad
+    assert not codes.requires_grad
+
+
+def test_a_non_finite_weight_trains_to_nan_and_never_raises() -> None:
+    layer = make_layer(3)
+    layer.weight[2, 2] = torch.inf
+    for config in CONFIGS:
+        for op in (_ops.bitlinear_train, _ops.torch_bitlinear_train):
+            y = op(layer.x, layer.weight, None, *config.flags)[0]
+            expected = torch.zeros(3, 19, dtype=torch.bool)
+            expected[:, 2 if config.weight_granularity == "per_channel" else slice(None)] = True
+            assert torch.equal(y.isnan(), expected)
