@@ -1,0 +1,67 @@
+"""Fixtures that walk over kernels, configurations and dtypes; hypothesis' profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+
+import oracle
+from oracle import Schema
+from support import ALL_KERNELS, FLOAT32_KERNELS, INT8_KERNELS, skip_unless_supported, torch_threads
+
+hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(params=ALL_KERNELS)
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Every kernel's name in turn; those that this machine lacks are skipped."""
+    skip_unless_supported(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=INT8_KERNELS)
+def int8_kernel(request: pytest.FixtureRequest) -> str:
+    """Every kernel of int8 activations in turn."""
+    skip_unless_supported(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=FLOAT32_KERNELS)
+def float32_kernel(request: pytest.FixtureRequest) -> str:
+    """Every kernel of float32 activations in turn."""
+    skip_unless_supported(request.param)
+    return str(request.param)
+
+
+@pytest.fixture(params=oracle.SCHEMAS, ids=str)
+def schema(request: pytest.FixtureRequest) -> Schema:
+    """The eight configurations."""
+    found = request.param
+    assert isinstance(found, Schema)
+    return found
+
+
+@pytest.fixture(params=oracle.INT8_SCHEMAS, ids=str)
+def int8_schema(request: pytest.FixtureRequest) -> Schema:
+    """The four configurations of int8 activations."""
+    found = request.param
+    assert isinstance(found, Schema)
+    return found
+
+
+@pytest.fixture(params=oracle.OUTPUT_DTYPES)
+def dtype(request: pytest.FixtureRequest) -> str:
+    """float32, bfloat16, float16."""
+    return str(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Many small steps gain nothing from threads, and lose much where other processes want the cores."""
+    with torch_threads(1):
+        yield

@@ -1,0 +1,545 @@
+"""Every snippet of the promised document, extracted from it and run as it is; its names, signatures and lists too."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+import bitcore
+import oracle
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
+from bitcore.kernels import KernelRegistry
+from bitcore.kernels.base import BitKernelBase
+from bitcore.ops import base, bitlinear
+from oracle import Schema
+from support import (
+    DOCUMENT,
+    TORCH_DTYPES,
+    assert_forward,
+    assert_same_bits,
+    config_of,
+    covers,
+    make_linear,
+    to_array,
+    to_bytes,
+    to_codes,
+    to_tensor,
+)
+
+Namespace = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A python block of the document: the heading above it, its place below that heading, its first line."""
+
+    heading: str
+    index: int
+    line: int
+    source: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.heading} {self.index}"
+
+    def run(self, **names: Any) -> Namespace:
+        """Executes the snippet as it is written, with `names` in reach; returns every name after it."""
+        namespace: Namespace = {"__name__": "snippet", **names}
+        code = compile("\n" * self.line + self.source, str(DOCUMENT), "exec")
+        exec(code, namespace)
+        return namespace
+
+
+def document_lines() -> list[str]:
+    return DOCUMENT.read_text(encoding="utf-8").splitlines()
+
+
+def extract_snippets() -> Iterator[Snippet]:
+    heading, index, first = "", 0, 0
+    body: list[str] | None = None
+    for number, line in enumerate(document_lines()):
+        if body is None:
+            if line.startswith("#"):
+                heading, index = line.lstrip("#").strip(), 0
+            elif line.strip() == "```python":
+                first, body = number + 1, []
+        elif line.strip() == "```":
+            yield Snippet(heading, index, first, "\n".join(body) + "\n")
+            index, body = index + 1, None
+        else:
+            body.append(line)
+
+
+SNIPPETS = {snippet.key: snippet for snippet in extract_snippets()}
+TRAINING = "Training Mode (`training=True`) 0"
+INFERENCE = "Evaluation Mode (`training=False`) 0"
+CHECKED = {
+    "BitQuantConfig 0",
+    "Example Usage 0",
+    TRAINING,
+    INFERENCE,
+    "KernelRegistry 0",
+    "BitKernelBase 0",
+    "quantize_weight 0",
+    "quantize_x 0",
+    "dequantize_weight 0",
+    "dequantize_x 0",
+    "Error Handling 0",
+}
+
+
+def test_every_snippet_is_checked_below() -> None:
+    assert set(SNIPPETS) == CHECKED
+    assert document_lines().count("```python") == len(CHECKED)
+
+
+def test_every_import_of_the_document_works() -> None:
+    found = 0
+    for line in document_lines():
+        if match := re.match(r"from (\S+) import (.+)$", line):
+            module = importlib.import_module(match[1])
+            for name in match[2].split(","):
+                assert hasattr(module, name.strip()), f"{match[1]} has no {name}"
+                found += 1
+    assert found >= 12
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def test_config_snippet() -> None:
+    config = SNIPPETS["BitQuantConfig 0"].run()["config"]
+    assert type(config) is BitQuantConfig
+    assert (config.weight_granularity, config.activation_dtype, config.activation_granularity) == (
+        "per_tensor",
+        "int8",
+        "per_tensor",
+    )
+    assert config == BitQuantConfig()
+    assert hash(config) == hash(BitQuantConfig())
+    with pytest.raises(AttributeError):
+        setattr(config, "activation_dtype", "float32")  # noqa: B010
+
+
+def test_config_example_snippet() -> None:
+    config = SNIPPETS["Example Usage 0"].run(BitQuantConfig=BitQuantConfig)["config"]
+    assert type(config) is BitQuantConfig
+    assert config == BitQuantConfig("per_channel", "int8", "per_channel") != BitQuantConfig()
+
+
+def section(heading: str) -> str:
+    """The text between a heading and the next heading of the same or a higher level."""
+    lines = document_lines()
+    start = next(i for i, line in enumerate(lines) if line.lstrip("#").strip() == heading and line.startswith("#"))
+    level = len(lines[start]) - len(lines[start].lstrip("#"))
+    end, in_code = start + 1, False
+    while end < len(lines):
+        in_code ^= lines[end].startswith("```")
+        if not in_code and re.match(rf"#{{1,{level}}} ", lines[end]):
+            break
+        end += 1
+    return "\n".join(lines[start + 1 : end])
+
+
+def test_config_parameters_and_values_are_those_of_the_document() -> None:
+    """The bullets of the Parameters list: `- **name** (`str`): ...`, and below each `  - `"value"`: ...`."""
+    text = section("BitQuantConfig")
+    values: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if match := re.match(r"- \*\*(\w+)\*\*", line):
+            values[match[1]] = []
+        elif match := re.match(r'  - `"(\w+)"`', line):
+            values[list(values)[-1]].append(match[1])
+    assert list(inspect.signature(BitQuantConfig).parameters) == list(values)
+    assert all(len(choices) == 2 for choices in values.values())
+    for name, choices in values.items():
+        for choice in choices:
+            assert getattr(BitQuantConfig(**cast(Any, {name: choice})), name) == choice
+    assert {schema.weight_granularity for schema in oracle.SCHEMAS} == set(values["weight_granularity"])
+    assert {schema.activation_dtype for schema in oracle.SCHEMAS} == set(values["activation_dtype"])
+
+
+# --- bitlinear.forward ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (1,)], ids=str)
+def test_training_snippet(schema: Schema, dtype: str, leading: tuple[int, ...]) -> None:
+    case = make_linear(leading, 19, 35, dtype, seed=60)
+    assert case.bias is not None
+    for tensor in (case.x, case.weight, case.bias):
+        tensor.requires_grad_()
+    output = SNIPPETS[TRAINING].run(
+        input_tensor=case.x, weight_tensor=case.weight, bias_tensor=case.bias, config=config_of(schema)
+    )["output"]
+    assert type(output) is torch.Tensor
+    assert output.requires_grad
+    assert output.dtype == TORCH_DTYPES[dtype]
+    assert output.shape == (*leading, 19)
+    assert_forward(output, *case.arrays, schema, dtype)
+    dy = to_tensor(np.random.default_rng(60).standard_normal((*leading, 19)).astype(np.float32), dtype)
+    output.backward(dy)
+    x, weight, _ = case.arrays
+    flat = (to_array(dy).reshape(-1, 19), x.reshape(-1, 35))
+    dx, dw, db = oracle.gradients(*flat, weight, schema)
+    tolerance = 1e-5 if dtype == "float32" else 2 * float(torch.finfo(TORCH_DTYPES[dtype]).eps)
+    for tensor, expected in zip((case.x, case.weight, case.bias), (dx.reshape(x.shape), dw, db), strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == tensor.dtype
+        error = np.abs(to_array(tensor.grad) - expected).max() / np.abs(expected).max()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (1,)], ids=str)
+def test_inference_snippet(schema: Schema, dtype: str, leading: tuple[int, ...]) -> None:
+    case = make_linear(leading, 19, 35, dtype, seed=61)
+    names = SNIPPETS[INFERENCE].run(
+        input_tensor=case.x, weight_tensor=case.weight, bias_tensor=case.bias, config=config_of(schema)
+    )
+    x, weight, bias = case.arrays
+    scale, codes = oracle.weight_scale(weight, schema), None
+    codes = oracle.quantize_weight(weight, scale, schema)
+    assert_same_bits(names["qweight_scale"], scale, "float32", "qweight_scale")
+    assert names["qweight"].dtype == torch.uint8
+    assert names["qweight"].is_contiguous()
+    assert np.array_equal(to_bytes(names["qweight"]), oracle.pack(codes))
+    output = names["output"]
+    assert type(output) is torch.Tensor
+    assert not output.requires_grad
+    assert output.dtype == TORCH_DTYPES[dtype]
+    assert output.shape == (*leading, 19)
+    assert_forward(output, x, weight, bias, schema, dtype)
+
+
+def test_inference_snippet_returns_what_the_training_snippet_returns(int8_schema: Schema, dtype: str) -> None:
+    case = make_linear((3, 2), 19, 35, dtype, seed=62)
+    names = {"input_tensor": case.x, "weight_tensor": case.weight, "bias_tensor": case.bias}
+    trained = SNIPPETS[TRAINING].run(config=config_of(int8_schema), **names)["output"]
+    inferred = SNIPPETS[INFERENCE].run(config=config_of(int8_schema), **names)["output"]
+    assert_same_bits(inferred, to_array(trained), dtype)
+
+
+def test_bias_of_the_snippets_is_optional(schema: Schema) -> None:
+    case = make_linear(4, 19, 35, bias=False, seed=63)
+    for key in (TRAINING, INFERENCE):
+        output = SNIPPETS[key].run(
+            input_tensor=case.x, weight_tensor=case.weight, bias_tensor=None, config=config_of(schema)
+        )["output"]
+        assert_forward(output, *case.arrays, schema, "float32")
+
+
+def parameters(function: Callable[..., Any]) -> dict[str, Any]:
+    """Names and defaults (inspect.Parameter.empty: none), in order."""
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+EMPTY = inspect.Parameter.empty
+
+
+def test_forward_has_the_parameters_of_the_document() -> None:
+    text = section("bitlinear.forward")
+    documented = re.findall(r"^- \*\*(\w+)\*\* \(", text, re.MULTILINE)
+    assert documented[-1] == "output"
+    assert list(parameters(bitlinear.forward)) == documented[:-1]
+    assert parameters(bitlinear.forward) == {
+        "x": EMPTY,
+        "weight": None,
+        "qweight_scale": None,
+        "qweight": None,
+        "bias": None,
+        "quant_config": None,
+        "training": False,
+    }
+
+
+def test_prepare_weights_signature() -> None:
+    found = parameters(bitlinear.prepare_weights)
+    assert len(found) == 3
+    assert next(iter(found)) == "weight"
+    assert list(found)[2] == "layout"
+    assert list(found.values())[::2] == [EMPTY, "auto"]
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema", oracle.INT8_SCHEMAS, ids=str)
+def test_registry_snippet(schema: Schema) -> None:
+    """The snippet asks for "Int8Kernel", so its config is one of int8 activations."""
+    config = config_of(schema)
+    imported = SNIPPETS["KernelRegistry 0"].run(config=config)
+    kernel, kernels = imported["kernel"], imported["kernels"]
+    assert isinstance(kernel, BitKernelBase)
+    assert kernel.name in ("Int8Kernel", *kernels)
+    assert kernel.quant_config == config
+    assert isinstance(kernels, list)
+    assert all(type(name) is str for name in kernels)
+    assert {"Int8Kernel", "Float32Kernel", "ReferenceKernel"} <= set(kernels)
+    case = make_linear(3, 19, 35, seed=64)
+    scale, qweight = kernel.prepare_weights(case.weight, config)
+    assert_forward(kernel(case.x, scale, qweight, case.bias), *case.arrays, schema, "float32")
+
+
+def test_registry_snippet_of_float32_activations_names_the_misfit() -> None:
+    config = BitQuantConfig(activation_dtype="float32")
+    with pytest.raises(KernelNotFoundError, match=r"Int8Kernel.*float32"):
+        SNIPPETS["KernelRegistry 0"].run(config=config)
+
+
+def test_best_kernel_computes_every_config(schema: Schema, dtype: str) -> None:
+    config = config_of(schema)
+    kernel = KernelRegistry.get_kernel_for_config(config)
+    assert kernel.quant_config == config
+    assert covers(kernel.name, schema)
+    assert kernel.is_compatible_with(config) is True
+    case = make_linear(3, 19, 35, dtype, seed=65)
+    scale, qweight = kernel.prepare_weights(case.weight, config)
+    assert_forward(kernel(case.x, scale, qweight, case.bias, config), *case.arrays, schema, dtype)
+
+
+def test_registry_has_the_methods_of_the_document() -> None:
+    methods = re.findall(r"^- \*\*(\w+)\*\*\((.*?)\):", section("KernelRegistry"), re.MULTILINE)
+    assert [name for name, _ in methods] == ["get_kernel_for_config", "get_kernel_by_name", "list_available_kernels"]
+    for name, arguments in methods:
+        documented = re.findall(r"`(\w+)`", arguments)
+        found = parameters(getattr(KernelRegistry, name))
+        assert list(found)[: len(documented)] == documented
+        assert all(default is not EMPTY for default in list(found.values())[len(documented) :])
+    assert parameters(KernelRegistry.get_kernel_for_config)["device"] == "cpu"
+    for name in ("register", "unregister", "forced"):
+        assert callable(getattr(KernelRegistry, name))
+
+
+def test_custom_kernel_snippet(schema: Schema) -> None:
+    """Its methods return None: it is registered, listed and never chosen."""
+    config = config_of(schema)
+    custom = SNIPPETS["BitKernelBase 0"].run()["CustomKernel"]
+    assert issubclass(custom, BitKernelBase)
+    assert "CustomKernel" not in KernelRegistry.list_available_kernels(), "subclassing registers nothing"
+    instance = custom(config)
+    assert instance.quant_config == config
+    assert custom().quant_config is None
+    assert instance.is_compatible_with(config) is None
+    generation = KernelRegistry.generation
+    KernelRegistry.register(custom)
+    try:
+        assert KernelRegistry.generation != generation
+        assert KernelRegistry.list_available_kernels()[0] == "CustomKernel"
+        with pytest.raises(KernelNotFoundError, match="CustomKernel"):
+            KernelRegistry.get_kernel_by_name("CustomKernel", config)
+        assert KernelRegistry.get_kernel_for_config(config).name != "CustomKernel"
+        case = make_linear(4, 19, 35, seed=66)
+        names = {"input_tensor": case.x, "weight_tensor": case.weight, "bias_tensor": case.bias, "config": config}
+        for key in (TRAINING, INFERENCE):
+            assert_forward(SNIPPETS[key].run(**names)["output"], *case.arrays, schema, "float32")
+    finally:
+        KernelRegistry.unregister("CustomKernel")
+    assert "CustomKernel" not in KernelRegistry.list_available_kernels()
+
+
+def test_custom_kernel_that_implements_the_snippet(schema: Schema) -> None:
+    """The class of the snippet, its methods filled in: found by name and by config, used by forward."""
+    config = config_of(schema)
+    documented_class = SNIPPETS["BitKernelBase 0"].run()["CustomKernel"]
+    calls: list[torch.Size] = []
+
+    class FilledKernel(documented_class):  # type: ignore[misc, valid-type]
+        def prepare_weights(self, weight: torch.Tensor, quant_config: BitQuantConfig) -> Any:
+            return BitKernelBase.prepare_weights(self, weight, quant_config)
+
+        def __call__(
+            self,
+            x: torch.Tensor,
+            qweight_scale: torch.Tensor,
+            qweight: torch.Tensor,
+            bias: torch.Tensor | None = None,
+            quant_config: BitQuantConfig | None = None,
+        ) -> torch.Tensor:
+            calls.append(x.shape)
+            reference = KernelRegistry.get_kernel_by_name("ReferenceKernel", quant_config or self.quant_config)
+            return reference(x, qweight_scale, qweight, bias)
+
+        def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
+            return quant_config == config
+
+        def accepts(self, qweight: torch.Tensor) -> bool:
+            return qweight.dtype == torch.uint8
+
+    KernelRegistry.register(FilledKernel)
+    try:
+        assert KernelRegistry.get_kernel_for_config(config).name == "FilledKernel"
+        found = KernelRegistry.get_kernel_by_name("FilledKernel", config)
+        assert isinstance(found, FilledKernel)
+        assert found.quant_config == config
+        other = next(schema_ for schema_ in oracle.SCHEMAS if schema_ != schema)
+        assert KernelRegistry.get_kernel_for_config(config_of(other)).name != "FilledKernel"
+        case = make_linear(4, 19, 35, seed=67)
+        names = {"input_tensor": case.x, "weight_tensor": case.weight, "bias_tensor": case.bias, "config": config}
+        output = SNIPPETS[INFERENCE].run(**names)["output"]
+        assert calls
+        assert_forward(output, *case.arrays, schema, "float32")
+        with pytest.raises(BitLabError):
+            KernelRegistry.register(FilledKernel)
+    finally:
+        KernelRegistry.unregister("FilledKernel")
+    assert KernelRegistry.get_kernel_for_config(config).name != "FilledKernel"
+
+
+def test_kernel_base_has_the_signatures_of_the_document() -> None:
+    custom = SNIPPETS["BitKernelBase 0"].run()["CustomKernel"]
+    for name in ("prepare_weights", "__call__", "is_compatible_with"):
+        documented, found = parameters(getattr(custom, name)), parameters(getattr(BitKernelBase, name))
+        assert list(found)[: len(documented)] == list(documented)
+        assert {key: found[key] for key in documented} == documented
+        assert all(default is not EMPTY for default in list(found.values())[len(documented) :])
+    assert parameters(BitKernelBase) == {"quant_config": None}
+
+
+# --- base operations ------------------------------------------------------------------------------------------------
+
+
+def test_quantize_weight_snippet(schema: Schema, dtype: str) -> None:
+    case = make_linear(1, 19, 35, dtype, seed=68)
+    weight = case.arrays[1]
+    scale = oracle.weight_scale(weight, schema)
+    qweight = SNIPPETS["quantize_weight 0"].run(
+        weight=case.weight.requires_grad_(), scale=to_tensor(scale), quant_config=config_of(schema)
+    )["qweight"]
+    assert type(qweight) is torch.Tensor
+    assert qweight.dtype == torch.int8
+    assert not qweight.requires_grad
+    codes = oracle.quantize_weight(weight, scale, schema)
+    assert np.array_equal(to_codes(qweight), codes)
+    assert set(np.unique(codes)) == {-1, 0, 1}
+
+
+def test_quantize_x_snippet(schema: Schema, dtype: str) -> None:
+    case = make_linear((3, 4), 19, 35, dtype, seed=69)
+    x = case.arrays[0]
+    scale = oracle.x_scale(x, schema)
+    qx = SNIPPETS["quantize_x 0"].run(x=case.x, scale=to_tensor(scale), quant_config=config_of(schema))["qx"]
+    assert type(qx) is torch.Tensor
+    assert qx.shape == case.x.shape
+    if not schema.is_int8:
+        assert qx is case.x
+        return
+    assert qx.dtype == torch.int8
+    assert not qx.requires_grad
+    codes = oracle.quantize_x(x, scale, schema)
+    assert np.array_equal(to_codes(qx), codes)
+    assert np.abs(codes.astype(int)).max() == 127
+
+
+def test_quantize_x_reaches_every_code() -> None:
+    """A scale smaller than that of x clamps at -128 and 127."""
+    x = torch.arange(-200, 201, dtype=torch.float32)
+    qx = SNIPPETS["quantize_x 0"].run(x=x, scale=torch.tensor(1.0), quant_config=BitQuantConfig())["qx"]
+    assert np.array_equal(to_codes(qx), np.clip(np.arange(-200, 201), -128, 127))
+
+
+def test_quantize_rounds_half_to_even() -> None:
+    values = torch.tensor([0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, 127.5])
+    qx = SNIPPETS["quantize_x 0"].run(x=values, scale=torch.tensor(1.0), quant_config=BitQuantConfig())["qx"]
+    assert to_codes(qx).tolist() == [0, 2, 2, 0, -2, -2, 126, 127]
+    weight = torch.tensor([[0.5, -0.5, 0.50001, -0.50001, 1.5, -1.5]])
+    run = SNIPPETS["quantize_weight 0"].run
+    assert to_codes(run(weight=weight, scale=torch.tensor(1.0), quant_config=BitQuantConfig())["qweight"]).tolist() == [
+        [0, 0, 1, -1, 1, -1]
+    ]
+
+
+def test_dequantize_weight_snippet(schema: Schema) -> None:
+    weight = make_linear(1, 19, 35, seed=70).arrays[1]
+    scale = oracle.weight_scale(weight, schema)
+    codes = oracle.quantize_weight(weight, scale, schema)
+    run = SNIPPETS["dequantize_weight 0"].run
+    dqweight = run(qweight=torch.from_numpy(codes), scale=to_tensor(scale), quant_config=config_of(schema))["dqweight"]
+    assert_same_bits(dqweight, oracle.dequantize_weight(codes, scale, schema), "float32")
+
+
+def test_dequantize_x_snippet(schema: Schema, dtype: str) -> None:
+    case = make_linear((3, 4), 19, 35, dtype, seed=71)
+    x = case.arrays[0]
+    scale = oracle.x_scale(x, schema)
+    qx, expected = case.x, x
+    if schema.is_int8:
+        codes = oracle.quantize_x(x, scale, schema)
+        qx, expected = torch.from_numpy(codes), oracle.dequantize_x(codes, scale, schema)
+    names = SNIPPETS["dequantize_x 0"].run(qx=qx, scale=to_tensor(scale), quant_config=config_of(schema))
+    assert_same_bits(names["dqx"], expected, "float32")
+
+
+def test_scales_that_the_snippets_take(schema: Schema, dtype: str) -> None:
+    """compute_weight_scale and compute_x_scale give the snippets their `scale`."""
+    case = make_linear((3, 4), 19, 35, dtype, seed=72)
+    x, weight, _ = case.arrays
+    s_w, s_x = (
+        base.compute_weight_scale(case.weight, config_of(schema)),
+        base.compute_x_scale(case.x, config_of(schema)),
+    )
+    assert_same_bits(s_w, oracle.weight_scale(weight, schema), "float32", "weight scale")
+    if schema.is_int8:
+        assert_same_bits(s_x, oracle.x_scale(x, schema), "float32", "x scale")
+    else:
+        assert s_x.dtype == torch.float32
+        assert tuple(s_x.shape) in ((), (3, 4, 1))
+        assert (s_x == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("quantize_weight", "weight"), ("quantize_x", "x"), ("dequantize_weight", "qweight"), ("dequantize_x", "qx")],
+)
+def test_base_operations_take_the_arguments_of_the_document(name: str, first: str) -> None:
+    found = parameters(getattr(base, name))
+    assert list(found) == [first, "scale", "quant_config"]
+    call = re.search(rf"{name}\((.*)\)", SNIPPETS[f"{name} 0"].source)
+    assert call is not None
+    assert call[1].split(", ") == list(found)
+
+
+# --- exceptions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"),
+    [
+        (None, ""),
+        (QuantizationError("x is odd"), "Quantization failed: x is odd\n"),
+        (KernelNotFoundError("no kernel"), "No suitable kernel found: no kernel\n"),
+        (BitLabError("else"), "BitLab error: else\n"),
+    ],
+)
+def test_exceptions_snippet(
+    error: Exception | None, printed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The snippet as it is, then with its `pass` replaced by a raise: each error takes its own branch."""
+    snippet = SNIPPETS["Error Handling 0"]
+    names = snippet.run()
+    assert issubclass(names["QuantizationError"], names["BitLabError"])
+    assert issubclass(names["KernelNotFoundError"], names["BitLabError"])
+    assert snippet.source.count("    pass\n") == 1
+    raising = snippet.source.replace("    pass\n", "    if error is not None:\n        raise error\n")
+    Snippet(snippet.heading, 0, snippet.line, raising).run(error=error)
+    assert capsys.readouterr().out == printed
+
+
+def test_exceptions_are_also_pythons_own() -> None:
+    assert issubclass(QuantizationError, ValueError)
+    assert issubclass(KernelNotFoundError, LookupError)
+    assert issubclass(BitLabError, Exception)
+    assert not issubclass(BitLabError, (ValueError, LookupError))
+
+
+def test_top_level_exports_what_the_document_imports() -> None:
+    for match in re.finditer(r"^from bitcore\.\S+ import (.+)$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE):
+        for name in match[1].split(", "):
+            assert hasattr(bitcore, name), f"bitcore does not export {name}"
