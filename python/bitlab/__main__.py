@@ -1,0 +1,7 @@
+"""`python -m bitlab`."""
+
+import sys
+
+from bitlab.cli import main
+
+sys.exit(main())

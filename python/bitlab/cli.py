@@ -1,0 +1,76 @@
+"""The commands and their arguments."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from bitcore.exceptions import BitLabError
+from bitlab import __version__
+
+PIPE_WIDTH = 120  # Of tables that go into a file or a pipe.
+MISSING_EXTRAS = "the demo needs scikit-learn and matplotlib: pip install 'bitlab[demo]'"
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(prog="bitlab", description="Ternary neural networks, from training to C++.")
+    parser.add_argument("--version", action="version", version=f"bitlab {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    info = commands.add_parser("info", help="this machine, its kernels, and which one each config gets")
+    info.set_defaults(run=run_info)
+    demo = commands.add_parser("demo", help="train, pack, save and run a ternary network on handwritten digits")
+    demo.add_argument("--output", type=Path, default=Path("demo-output"), help="where results go (%(default)s)")
+    demo.add_argument("--seeds", type=positive, default=5, help="how many trainings to average over (%(default)s)")
+    demo.add_argument("--epochs", type=positive, default=40, help="passes over the training images (%(default)s)")
+    demo.add_argument("--skip-timing", action="store_true", help="do not time the layer against nn.Linear")
+    demo.set_defaults(run=run_demo)
+    return parser
+
+
+def run_info(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab info`."""
+    from bitlab.info import print_info
+
+    print_info(console)
+    return 0
+
+
+def run_demo(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab demo`."""
+    try:
+        from bitlab.demo import DemoOptions, run
+    except ModuleNotFoundError as error:
+        if error.name not in ("sklearn", "matplotlib"):
+            raise
+        console.print(f"[red]{MISSING_EXTRAS}[/red]", highlight=False)
+        return 2
+    options = DemoOptions(
+        output=arguments.output,
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+        with_timing=not arguments.skip_timing,
+    )
+    return run(options, console)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0 where all went well, 1 for a failed check or error, 2 for misuse."""
+    arguments = build_parser().parse_args(argv)
+    console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+    try:
+        code: int = arguments.run(arguments, console)
+        return code
+    except (BitLabError, OSError) as error:
+        print(f"bitlab: {error}", file=sys.stderr)
+        return 1

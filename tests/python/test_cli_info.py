@@ -1,0 +1,75 @@
+"""`bitlab info`, and what the command line does with misuse."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitcore.config import BitQuantConfig, all_configs
+from bitcore.kernels import BitKernelBase, KernelRegistry
+from bitlab import __version__
+from bitlab.cli import main
+from bitlab.info import explain
+from support import NATIVE_KERNELS, ROOT
+
+
+def test_info_lists_every_kernel_and_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    output = capsys.readouterr().out
+    for name in [*NATIVE_KERNELS, "TorchKernel", "Int8Kernel", "Float32Kernel"]:
+        assert name in output
+    rows = [line for line in output.splitlines() if line.startswith(("│ per_tensor", "│ per_channel"))]
+    assert len(rows) == 8
+    for config, row in zip(all_configs(), rows, strict=True):
+        assert KernelRegistry.get_kernel_for_config(config).name in row
+
+
+def test_reasons() -> None:
+    config = BitQuantConfig()
+    assert explain(config)[1].startswith("first that covers it and runs here")
+    with KernelRegistry.forced("ReferenceKernel"):
+        assert explain(config) == ("ReferenceKernel", "named by KernelRegistry.forced")
+    with KernelRegistry.forced("Float32Kernel"):
+        name, reason = explain(config)
+        assert "none" in name
+        assert "int8" in reason
+
+
+def test_a_registered_kernel_is_shown() -> None:
+    class Mine(BitKernelBase):
+        def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
+            return True
+
+    KernelRegistry.register(Mine)
+    try:
+        assert explain(BitQuantConfig()) == ("Mine", "registered by the user: before all built-in ones")
+    finally:
+        KernelRegistry.unregister("Mine")
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["demo", "--seeds", "0"], ["demo", "--epochs", "many"]])
+def test_misuse_ends_with_two(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["demo", "--output", str(tmp_path / "file" / "folder")]) == 1
+    assert capsys.readouterr().err.startswith("bitlab: ")
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bitlab", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": str(ROOT / "python")},
+    )
+    assert done.returncode == 0
+    assert done.stdout.strip() == f"bitlab {__version__}"
