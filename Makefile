@@ -1,0 +1,76 @@
+# Everything from one command on a bare Debian 12: `make demo`, `make test`.
+#
+#   make demo     trains, packs, saves and runs a ternary network; checks every claim; draws demo-output/demo.png
+#   make test     the C++ and the Python tests
+#   make setup    .venv with all that is needed, and the build
+#   make build    compiles what has changed
+#   make lint     ruff, mypy, clang-format       make format   rewrites the sources
+#   make wheel    a wheel in dist/               make clean    removes all that was made, but .venv
+
+PYTHON ?= python3
+TORCH_VERSION ?= 2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+BUILD := build
+CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
+
+.PHONY: demo test setup build lint format wheel clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/bitlab demo --output demo-output
+
+# Both suites run, also where the first one fails.
+test: setup
+	@status=0; \
+	ctest --test-dir $(BUILD) --output-on-failure || status=1; \
+	$(BIN)/python -m pytest || status=1; \
+	exit $$status
+
+setup: $(DONE)/package build
+
+build: $(DONE)/requirements $(BUILD)/build.ninja
+	cmake --build $(BUILD)
+
+$(BUILD)/build.ninja: $(DONE)/torch
+	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	clang-format --dry-run --Werror $(CPP_FILES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	clang-format -i $(CPP_FILES)
+
+wheel: setup
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(BUILD) dist demo-output python/bitcore/lib
+
+# --- what is installed, each step once -------------------------------------------------------------------------------
+
+$(DONE)/debian: scripts/install-debian-packages.sh
+	scripts/install-debian-packages.sh $(PYTHON)
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/torch: $(DONE)/debian
+	$(BIN)/pip install torch==$(TORCH_VERSION)
+	@touch $@
+
+$(DONE)/requirements: requirements-dev.txt $(DONE)/torch
+	$(BIN)/pip install -r requirements-dev.txt
+	@touch $@
+
+# Editable, and without compiling: the shared object lies in the tree, where `make build` writes it.
+$(DONE)/package: pyproject.toml $(DONE)/requirements
+	$(BIN)/pip install --no-build-isolation --no-deps --config-settings=wheel.cmake=false -e .
+	@touch $@

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Makes sure that the build's Debian packages are there. Usage: install-debian-packages.sh PYTHON
+# Installs the missing ones as root or through sudo; where neither is possible it prints the command and fails.
+set -euo pipefail
+
+python="${1:-python3}"
+packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev clang-format)
+
+if ! command -v dpkg-query >/dev/null; then
+  echo "This system is not Debian. Needed: ${packages[*]}, or what they are called here." >&2
+  for tool in g++ cmake ninja; do
+    command -v "$tool" >/dev/null || { echo "$tool is missing." >&2; exit 1; }
+  done
+  exit 0
+fi
+
+is_installed() { dpkg-query --show --showformat='${Status}' "$1" 2>/dev/null | grep -q '^install ok installed$'; }
+
+missing=()
+for package in "${packages[@]}"; do
+  is_installed "$package" || missing+=("$package")
+done
+if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+  missing+=(python3 python3-venv)
+fi
+[ "${#missing[@]}" -eq 0 ] && exit 0
+
+if [ "$(id -u)" -eq 0 ]; then
+  as_root=(env DEBIAN_FRONTEND=noninteractive)
+elif sudo -n true 2>/dev/null; then
+  as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
+else
+  echo "Some Debian packages are missing. Install them, then run make again:" >&2
+  echo >&2
+  echo "    sudo apt-get install ${missing[*]}" >&2
+  echo >&2
+  exit 1
+fi
+
+echo "Installing Debian packages: ${missing[*]}"
+"${as_root[@]}" apt-get update
+"${as_root[@]}" apt-get install --yes --no-install-recommends "${missing[@]}"
