@@ -16,7 +16,8 @@ constexpr std::int64_t kTokens = 2;
 // 16 rows x 256 x 4 bytes = 16 KiB: half of a common L1 cache.
 constexpr std::int64_t kBlock = 256;
 
-typedef float Vector __attribute__((vector_size(16)));
+typedef float Vector __attribute__((vector_size(16), may_alias));
+typedef std::int32_t IntVector __attribute__((vector_size(16), may_alias));
 constexpr int kLanes = 4;
 constexpr int kVectors = kRows / kLanes;
 
@@ -28,19 +29,28 @@ void pack_tokens(const void* x, std::int64_t row_stride, std::int64_t tokens, st
   }
 }
 
+// The words of one step, weight 0 in absent rows. Returns nonzero where a code is invalid.
+std::uint32_t load_step(const std::uint8_t* bytes, std::int64_t rows, std::uint32_t* words) {
+  std::uint32_t invalid = 0;
+  for (std::int64_t row = 0; row < kRows; ++row) words[row] = 0x55555555u;
+  std::memcpy(words, bytes, static_cast<std::size_t>(rows) * 4);
+  for (std::int64_t row = 0; row < kRows; ++row) invalid |= invalid_codes(words[row]);
+  return invalid;
+}
+
 std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t rows, std::int64_t step_begin,
                            std::int64_t step_end, void* panel) {
-  auto* out = static_cast<float*>(panel);
+  auto* out = static_cast<Vector*>(panel);
   std::uint32_t invalid = 0;
-  for (std::int64_t step = step_begin; step < step_end; ++step, out += kStepCodes * kRows) {
+  for (std::int64_t step = step_begin; step < step_end; ++step, out += kStepCodes * kVectors) {
     alignas(64) std::uint32_t words[kRows];
-    for (std::int64_t row = 0; row < kRows; ++row) words[row] = 0x55555555u;  // weight 0 in absent rows
-    std::memcpy(words, tiles + step * rows * 4, static_cast<std::size_t>(rows) * 4);
-    for (std::int64_t row = 0; row < kRows; ++row) invalid |= invalid_codes(words[row]);
-    for (int k = 0; k < kStepCodes; ++k) {
-      const int shift = 8 * (k % 4) + 2 * (k / 4);
-      for (std::int64_t row = 0; row < kRows; ++row) {
-        out[k * kRows + row] = static_cast<float>(static_cast<std::int32_t>((words[row] >> shift) & 3u) - 1);
+    invalid |= load_step(tiles + step * rows * 4, rows, words);
+    for (int v = 0; v < kVectors; ++v) {
+      const IntVector packed = reinterpret_cast<const IntVector*>(words)[v];
+#pragma GCC unroll 16
+      for (int k = 0; k < kStepCodes; ++k) {
+        const IntVector weights = ((packed >> (8 * (k % 4) + 2 * (k / 4))) & 3) - 1;
+        out[k * kVectors + v] = __builtin_convertvector(weights, Vector);
       }
     }
   }
@@ -48,30 +58,30 @@ std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t
 }
 
 template <int Tokens>
-void gemm_tokens(const float* weights, const float* x, std::int64_t k_count, float* sums) {
+void gemm_tokens(const Vector* weights, const float* x, std::int64_t k_count, Vector* sums) {
   Vector block[Tokens][kVectors] = {};
-  for (std::int64_t k = 0; k < k_count; ++k, weights += kRows, x += Tokens) {
-    Vector w[kVectors];
-    std::memcpy(w, weights, sizeof(w));
+  for (std::int64_t k = 0; k < k_count; ++k, weights += kVectors, x += Tokens) {
+#pragma GCC unroll 4
     for (int m = 0; m < Tokens; ++m) {
       const Vector broadcast = {x[m], x[m], x[m], x[m]};
-      for (int v = 0; v < kVectors; ++v) block[m][v] += w[v] * broadcast;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) block[m][v] += weights[v] * broadcast;
     }
   }
+#pragma GCC unroll 4
   for (int m = 0; m < Tokens; ++m) {
-    for (int v = 0; v < kVectors; ++v) {
-      for (int lane = 0; lane < kLanes; ++lane) sums[m * kRows + v * kLanes + lane] += block[m][v][lane];
-    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sums[m * kVectors + v] += block[m][v];
   }
 }
 
 void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  const auto* weights = static_cast<const float*>(panel);
+  const auto* weights = static_cast<const Vector*>(panel);
   const auto* x = static_cast<const float*>(packed_tokens);
   if (tokens == kTokens) {
-    gemm_tokens<kTokens>(weights, x, k_count, static_cast<float*>(sums));
+    gemm_tokens<kTokens>(weights, x, k_count, static_cast<Vector*>(sums));
   } else {
-    gemm_tokens<1>(weights, x, k_count, static_cast<float*>(sums));
+    gemm_tokens<1>(weights, x, k_count, static_cast<Vector*>(sums));
   }
 }
 
