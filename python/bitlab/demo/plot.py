@@ -81,7 +81,8 @@ def draw(
 def _title(figure: Figure, accuracies: dict[str, float]) -> None:
     parts = ", ".join(f"{name} {value:.1f} %" for name, value in accuracies.items())
     figure.text(0.05, 0.945, "A ternary network reads handwritten digits", fontsize=19, fontweight="bold")
-    figure.text(0.05, 0.907, f"Mean test accuracy over the seeds: {parts}. Curves and digits: first seed.", fontsize=12, color="#4a535e")
+    summary = f"Mean test accuracy over the seeds: {parts}. Curves and digits: first seed."
+    figure.text(0.05, 0.907, summary, fontsize=12, color="#4a535e")
 
 
 def _draw_loss(axes: Axes, histories: dict[str, History]) -> None:
