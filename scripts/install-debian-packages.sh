@@ -23,6 +23,10 @@ done
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
   missing+=(python3 python3-venv)
 fi
+# torch.compile builds against Python's headers.
+if ! "$python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null; then
+  missing+=(python3-dev)
+fi
 [ "${#missing[@]}" -eq 0 ] && exit 0
 
 if [ "$(id -u)" -eq 0 ]; then
