@@ -9,12 +9,16 @@ namespace bitcore {
 
 #if defined(__x86_64__)
 
-bool cpu_has_avx512_vnni() {
-  // GCC's and Clang's builtin reads CPUID once and checks that the operating system saves the registers.
+// GCC's and Clang's builtin reads CPUID once and checks that the operating system saves the registers.
+
+bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+bool cpu_has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512vnni");
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool cpu_has_avx512_vnni() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 std::vector<std::string_view> cpu_features() {
   std::vector<std::string_view> names = {"sse2"};
@@ -29,6 +33,8 @@ std::vector<std::string_view> cpu_features() {
 
 #else
 
+bool cpu_has_avx2() { return false; }
+bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_vnni() { return false; }
 
 std::vector<std::string_view> cpu_features() {

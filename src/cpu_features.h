@@ -3,7 +3,15 @@
 
 namespace bitcore {
 
-/// AVX-512 F, BW, DQ, VL and VNNI, state saved by the operating system.
+// All three: and the operating system saves the registers.
+
+/// AVX2 and FMA.
+bool cpu_has_avx2();
+
+/// AVX-512 F, BW, DQ and VL.
+bool cpu_has_avx512();
+
+/// The same and VNNI.
 bool cpu_has_avx512_vnni();
 
 }  // namespace bitcore

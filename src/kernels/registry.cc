@@ -17,19 +17,23 @@ using KernelPtr = KernelRegistry::KernelPtr;
 
 constexpr std::string_view kVariable = "BITLAB_KERNEL";
 
-KernelPtr tiled(std::string_view name, std::string_view requirement, bool supported, const TileFunctions& functions) {
-  return std::make_shared<TiledKernel>(name, requirement, supported, functions);
-}
-
 // Best first.
 std::vector<KernelPtr> builtin_kernels() {
-  return {
-#if defined(__x86_64__)
-    tiled("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles),
-#endif
-        tiled("Int8PortableKernel", "any CPU", true, kInt8PortableTiles),
-        tiled("Float32PortableKernel", "any CPU", true, kFloat32PortableTiles), make_reference_kernel(),
+  std::vector<KernelPtr> kernels;
+  const auto add = [&](const char* name, const char* requirement, bool supported, const TileFunctions& functions) {
+    kernels.push_back(std::make_shared<TiledKernel>(name, requirement, supported, functions));
   };
+#if defined(__x86_64__)
+  add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles);
+#endif
+  add("Int8PortableKernel", "any CPU", true, kInt8PortableTiles);
+#if defined(__x86_64__)
+  add("Float32Avx512Kernel", "AVX-512", cpu_has_avx512(), kFloat32Avx512Tiles);
+  add("Float32Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kFloat32Avx2Tiles);
+#endif
+  add("Float32PortableKernel", "any CPU", true, kFloat32PortableTiles);
+  kernels.push_back(make_reference_kernel());
+  return kernels;
 }
 
 std::vector<std::string> split_names(const char* text) {

@@ -39,7 +39,14 @@ from support import (
     torch_threads,
 )
 
-BUILT_IN = {"Int8Avx512VnniKernel", "Int8PortableKernel", "Float32PortableKernel", "ReferenceKernel"}
+BUILT_IN = {
+    "Int8Avx512VnniKernel",
+    "Int8PortableKernel",
+    "Float32Avx512Kernel",
+    "Float32Avx2Kernel",
+    "Float32PortableKernel",
+    "ReferenceKernel",
+}
 
 # 12 tokens are a tile of the blocked kernels, 16 rows a tile of the packed weight, 16 k a step of it, 64 k the bytes of
 # one register, 32 rows x 512 or 1,024 k a panel: below, at and above each, and primes.
