@@ -5,7 +5,18 @@
 
 #include "bitcore/kernels/registry.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace bitcore {
+
+#if defined(__aarch64__) && defined(__linux__)
+bool cpu_has_neon_dot() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
+#else
+bool cpu_has_neon_dot() { return false; }
+#endif
 
 #if defined(__x86_64__)
 
@@ -39,6 +50,7 @@ bool cpu_has_avx512_vnni() { return false; }
 
 std::vector<std::string_view> cpu_features() {
 #if defined(__aarch64__)
+  if (cpu_has_neon_dot()) return {"neon", "dotprod"};
   return {"neon"};
 #else
   return {};

@@ -3,7 +3,7 @@
 
 namespace bitcore {
 
-// All three: and the operating system saves the registers.
+// x86-64: and the operating system saves the registers.
 
 /// AVX2 and FMA.
 bool cpu_has_avx2();
@@ -13,5 +13,8 @@ bool cpu_has_avx512();
 
 /// The same and VNNI.
 bool cpu_has_avx512_vnni();
+
+/// ARM64's dot product instructions (ARMv8.2).
+bool cpu_has_neon_dot();
 
 }  // namespace bitcore

@@ -26,6 +26,8 @@ std::vector<KernelPtr> builtin_kernels() {
 #if defined(__x86_64__)
   add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles);
   add("Int8Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kInt8Avx2Tiles);
+#elif defined(__aarch64__)
+  add("Int8NeonDotKernel", "NEON dot product", cpu_has_neon_dot(), kInt8NeonDotTiles);
 #endif
   add("Int8PortableKernel", "any CPU", true, kInt8PortableTiles);
 #if defined(__x86_64__)
