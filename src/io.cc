@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "float_types-inl.h"
 
 namespace bitcore {
 namespace {
@@ -40,13 +41,14 @@ std::uint64_t dtype_bytes(const std::string& name, const std::string& tensor, co
   fail(path, ": tensor '", tensor, "' has the unknown dtype '", name, "'");
 }
 
-DType engine_dtype(const std::string& name) {
+DType engine_dtype(const TensorEntry& entry) {
+  const std::string& name = entry.dtype;
   if (name == "F32") return DType::float32;
   if (name == "BF16") return DType::bfloat16;
   if (name == "F16") return DType::float16;
   if (name == "I8") return DType::int8;
   if (name == "U8") return DType::uint8;
-  fail("a tensor of dtype ", name, " cannot be used: expected F32, BF16, F16, I8 or U8");
+  fail(entry.name, " has dtype ", name, ", expected F32, BF16, F16, I8 or U8");
 }
 
 // A file mapped read-only.
@@ -87,33 +89,39 @@ std::uint64_t header_length(std::span<const std::byte> file, const std::string& 
   return length;
 }
 
-// Notes, while a text is parsed, whether an object has two equal keys: JSON would silently keep the last.
-class RepeatedKeys {
+// Watches a header while it is parsed. Refuses more nesting than a header has, which no later code then has to follow,
+// and notes whether an object has two equal keys: JSON would silently keep the last.
+class HeaderWatch {
  public:
-  bool operator()(int, Json::parse_event_t event, Json& parsed) {
+  explicit HeaderWatch(const std::string& path) : path_(path) {}
+
+  bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
+    constexpr int kMostDepth = 3;  // the header, a tensor, its shape
+    if (depth > kMostDepth) fail(path_, ": its header is nested more than ", kMostDepth, " deep");
     if (event == Json::parse_event_t::object_start) keys_.emplace_back();
     if (event == Json::parse_event_t::object_end) keys_.pop_back();
     if (event == Json::parse_event_t::key) found_ |= !keys_.back().insert(parsed.get<std::string>()).second;
     return true;
   }
-  bool found() const { return found_; }
+  bool found_repeated_keys() const { return found_; }
 
  private:
+  const std::string& path_;
   std::vector<std::set<std::string>> keys_;  // of the objects that are open
   bool found_ = false;
 };
 
 Json parse_header(std::span<const std::byte> text, const std::string& path) {
-  RepeatedKeys repeated;
+  HeaderWatch watch(path);
   const char* begin = reinterpret_cast<const char*>(text.data());
   Json header;
   try {
-    header = Json::parse(begin, begin + text.size(), std::ref(repeated));
+    header = Json::parse(begin, begin + text.size(), std::ref(watch));
   } catch (const Json::exception& error) {
     fail(path, ": its header is no valid JSON: ", error.what());
   }
   if (!header.is_object()) fail(path, ": its header is no JSON object");
-  if (repeated.found()) fail(path, ": its header names something twice");
+  if (watch.found_repeated_keys()) fail(path, ": its header names something twice");
   return header;
 }
 
@@ -130,6 +138,7 @@ const Json& member(const Json& object, const char* key, const std::string& tenso
 TensorEntry read_entry(const std::string& name, const Json& json, std::span<const std::byte> data,
                        const std::string& path) {
   TensorEntry entry;
+  entry.name = path + ": tensor '" + name + "'";
   const Json& dtype = member(json, "dtype", name, path);
   if (!dtype.is_string()) fail(path, ": the dtype of tensor '", name, "' is ", dtype.dump(), ", expected a string");
   entry.dtype = dtype.get<std::string>();
@@ -140,7 +149,8 @@ TensorEntry read_entry(const std::string& name, const Json& json, std::span<cons
   for (const Json& size : shape) {
     const std::uint64_t extent = unsigned_number(size, "a size of tensor '" + name + "'", path);
     constexpr auto kMost = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-    if (extent != 0 && bytes > kMost / extent) fail(path, ": the shape of tensor '", name, "' overflows");
+    if (extent > kMost || (extent != 0 && bytes > kMost / extent))
+      fail(path, ": the shape of tensor '", name, "' overflows");
     bytes *= extent;
     entry.shape.push_back(static_cast<std::int64_t>(extent));
   }
@@ -169,21 +179,22 @@ std::int64_t TensorEntry::numel() const {
 }
 
 ConstMatrixView TensorEntry::matrix() const {
-  if (shape.size() != 2) fail("a tensor has ", shape.size(), " dimensions, expected 2");
-  return {bytes.data(), engine_dtype(dtype), shape[0], shape[1], shape[1]};
+  if (shape.size() != 2) fail(name, " has ", shape.size(), " dimensions, expected 2");
+  return {bytes.data(), engine_dtype(*this), shape[0], shape[1], shape[1]};
 }
 
 ConstVectorView TensorEntry::vector() const {
-  if (shape.size() > 1) fail("a tensor has ", shape.size(), " dimensions, expected at most 1");
-  const DType type = engine_dtype(dtype);
-  check_floating(type, "the tensor");
+  if (shape.size() > 1) fail(name, " has ", shape.size(), " dimensions, expected at most 1");
+  const DType type = engine_dtype(*this);
+  check_floating(type, name.c_str());
   return {bytes.data(), type, numel()};
 }
 
 std::vector<float> TensorEntry::floats() const {
-  if (dtype != "F32") fail("a tensor has dtype ", dtype, ", expected F32");
+  const DType type = engine_dtype(*this);
+  check_floating(type, name.c_str());
   std::vector<float> values(static_cast<std::size_t>(numel()));
-  std::memcpy(values.data(), bytes.data(), bytes.size());
+  widen(bytes.data(), type, numel(), values.data());
   return values;
 }
 
@@ -194,6 +205,16 @@ struct SafetensorsFile::Impl {
   Mapping mapping;
   std::map<std::string, TensorEntry, std::less<>> tensors;
   std::map<std::string, std::string, std::less<>> metadata;
+
+  // A file need not align its tensors, but the engine reads whole elements.
+  void align(TensorEntry& entry) {
+    constexpr std::size_t kWidestElement = 8;
+    if (reinterpret_cast<std::uintptr_t>(entry.bytes.data()) % kWidestElement == 0 || entry.bytes.empty()) return;
+    copies.emplace_back(entry.bytes.begin(), entry.bytes.end());
+    entry.bytes = copies.back();
+  }
+
+  std::vector<std::vector<std::byte>> copies;
 };
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : impl_(std::make_unique<Impl>(path)) {
@@ -203,7 +224,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : impl_(std::make_uniq
   const std::span<const std::byte> data = file.subspan(8 + length);
   for (const auto& [name, value] : header.items()) {
     if (name != "__metadata__") {
-      impl_->tensors.emplace(name, read_entry(name, value, data, path));
+      impl_->align(impl_->tensors.emplace(name, read_entry(name, value, data, path)).first->second);
       continue;
     }
     if (!value.is_object()) fail(path, ": __metadata__ is no JSON object");

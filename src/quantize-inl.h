@@ -73,5 +73,12 @@ inline void store_row(const Sum* sums, std::int64_t count, float x_scale, const 
   }
 }
 
+/// store_row as TileFunctions::store.
+template <class Sum>
+inline void store_sums(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias,
+                       void* y, DType dtype) {
+  store_row(static_cast<const Sum*>(sums), count, x_scale, w_scale, bias, y, dtype);
+}
+
 }  // namespace
 }  // namespace bitcore

@@ -17,6 +17,7 @@ namespace bitcore {
 
 /// One tensor of a file. The bytes live as long as the SafetensorsFile.
 struct TensorEntry {
+  std::string name;                 ///< For error messages: the file and the tensor.
   std::string dtype;                ///< As the file names it: "F32", "BF16", "F16", "U8", "I8", ...
   std::vector<std::int64_t> shape;  ///< Empty: a scalar.
   std::span<const std::byte> bytes;
@@ -31,12 +32,13 @@ struct TensorEntry {
   /// @throws QuantizationError otherwise.
   ConstVectorView vector() const;
 
-  /// A float32 tensor of any shape, flat. Copies, as a file need not align its tensors.
-  /// @throws QuantizationError where the dtype is not F32.
+  /// A floating tensor of any shape, flat, widened to float32.
+  /// @throws QuantizationError where the dtype is not floating.
   std::vector<float> floats() const;
 };
 
-/// A safetensors file, mapped read-only. Every offset, size and shape is checked when it is opened.
+/// A safetensors file, mapped read-only. Every offset, size and shape is checked when it is opened. A tensor that the
+/// file does not align is copied.
 class SafetensorsFile {
  public:
   /// @throws QuantizationError where the file cannot be read, is truncated or is no valid safetensors file.

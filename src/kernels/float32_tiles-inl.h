@@ -113,11 +113,6 @@ struct Float32Tiles {
                        static_cast<float*>(sums));
   }
 
-  static void store(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias,
-                    void* y, DType dtype) {
-    store_row(static_cast<const float*>(sums), count, x_scale, w_scale, bias, y, dtype);
-  }
-
   static constexpr TileFunctions table() {
     return {
         .activation_dtype = ActivationDtype::float32,
@@ -134,7 +129,7 @@ struct Float32Tiles {
         .unpack_panel = unpack_panel,
         .gemm = gemm<Tokens>,
         .direct = nullptr,
-        .store = store,
+        .store = store_sums<float>,
     };
   }
 };

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 
 #include "kernels/builtin.h"
+#include "kernels/int8_words-inl.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
 
@@ -70,15 +71,6 @@ __m256i lane_mask(std::int64_t rows, int half) {
 // which is long enough: their sums are never stored, their invalid codes are masked. (Masked loads would be exact, but
 // ran at a quarter of the speed from memory.)
 __m256i load_half(const std::uint8_t* step, int half) { return load(step + half * kLanes * 4); }
-
-void pack_tokens(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed) {
-  auto* out = static_cast<std::uint8_t*>(packed);
-  for (std::int64_t k = 0; k < k_count; k += 4) {
-    for (std::int64_t m = 0; m < tokens; ++m, out += 4) {
-      store_word(out, load_word(static_cast<const std::uint8_t*>(x) + m * row_stride + k));
-    }
-  }
-}
 
 std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t rows, std::int64_t step_begin,
                            std::int64_t step_end, void* panel) {
@@ -190,11 +182,6 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int6
                                       static_cast<std::int32_t*>(sums));
 }
 
-void store(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,
-           DType dtype) {
-  store_row(static_cast<const std::int32_t*>(sums), count, x_scale, w_scale, bias, y, dtype);
-}
-
 }  // namespace
 
 constinit const TileFunctions kInt8Avx2Tiles = {
@@ -208,11 +195,11 @@ constinit const TileFunctions kInt8Avx2Tiles = {
     .offset_codes = true,
     .absmax = absmax_bits,
     .quantize = quantize_x_row,
-    .pack_tokens = pack_tokens,
+    .pack_tokens = pack_token_words,
     .unpack_panel = unpack_panel,
     .gemm = gemm,
     .direct = direct,
-    .store = store,
+    .store = store_sums<std::int32_t>,
 };
 
 }  // namespace bitcore

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "kernels/builtin.h"
+#include "kernels/int8_words-inl.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
 
@@ -52,15 +53,6 @@ __m512i broadcast_word(const void* activations) {
   std::int32_t word;
   std::memcpy(&word, activations, sizeof(word));
   return _mm512_set1_epi32(word);
-}
-
-void pack_tokens(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed) {
-  auto* out = static_cast<std::uint8_t*>(packed);
-  for (std::int64_t k = 0; k < k_count; k += 4) {
-    for (std::int64_t m = 0; m < tokens; ++m, out += 4) {
-      store_word(out, load_word(static_cast<const std::uint8_t*>(x) + m * row_stride + k));
-    }
-  }
 }
 
 // Unpacks one tile into its half of the panel.
@@ -213,11 +205,6 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int6
                               static_cast<std::int32_t*>(sums));
 }
 
-void store(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,
-           DType dtype) {
-  store_row(static_cast<const std::int32_t*>(sums), count, x_scale, w_scale, bias, y, dtype);
-}
-
 }  // namespace
 
 constinit const TileFunctions kInt8Avx512VnniTiles = {
@@ -231,11 +218,11 @@ constinit const TileFunctions kInt8Avx512VnniTiles = {
     .offset_codes = true,
     .absmax = absmax_bits,
     .quantize = quantize_x_row,
-    .pack_tokens = pack_tokens,
+    .pack_tokens = pack_token_words,
     .unpack_panel = unpack_panel,
     .gemm = gemm,
     .direct = direct,
-    .store = store,
+    .store = store_sums<std::int32_t>,
 };
 
 }  // namespace bitcore

@@ -109,7 +109,7 @@ void load_sums(const std::int32_t* sums, int32x4_t (&acc)[Tokens][kQuarters]) {
 }
 
 template <int Tokens>
-void store_sums(const int32x4_t (&acc)[Tokens][kQuarters], std::int32_t* sums) {
+void keep_sums(const int32x4_t (&acc)[Tokens][kQuarters], std::int32_t* sums) {
 #pragma GCC unroll 5
   for (int m = 0; m < Tokens; ++m) {
 #pragma GCC unroll 4
@@ -143,7 +143,7 @@ void gemm_tokens(const std::int8_t* weights, const std::int8_t* x, std::int64_t 
     multiply_panel_group<2>(acc, weights, activations);
     multiply_panel_group<3>(acc, weights, activations);
   }
-  store_sums(acc, sums);
+  keep_sums(acc, sums);
 }
 
 void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
@@ -184,7 +184,7 @@ std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::in
     multiply_field<2>(acc, words, activations);
     multiply_field<3>(acc, words, activations);
   }
-  store_sums(acc, sums);
+  keep_sums(acc, sums);
   return any_invalid(invalid, rows);
 }
 
@@ -192,11 +192,6 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int6
                      std::int64_t tokens, void* sums) {
   return direct_tokens<kDirectTokens>(tile, tile_rows, steps, static_cast<const std::int8_t*>(packed_tokens), tokens,
                                       static_cast<std::int32_t*>(sums));
-}
-
-void store(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,
-           DType dtype) {
-  store_row(static_cast<const std::int32_t*>(sums), count, x_scale, w_scale, bias, y, dtype);
 }
 
 }  // namespace
@@ -216,7 +211,7 @@ constinit const TileFunctions kInt8NeonDotTiles = {
     .unpack_panel = unpack_panel,
     .gemm = gemm,
     .direct = direct,
-    .store = store,
+    .store = store_sums<std::int32_t>,
 };
 
 }  // namespace bitcore

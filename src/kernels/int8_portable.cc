@@ -93,11 +93,6 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
   }
 }
 
-void store(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,
-           DType dtype) {
-  store_row(static_cast<const std::int32_t*>(sums), count, x_scale, w_scale, bias, y, dtype);
-}
-
 }  // namespace
 
 constinit const TileFunctions kInt8PortableTiles = {
@@ -115,7 +110,7 @@ constinit const TileFunctions kInt8PortableTiles = {
     .unpack_panel = unpack_panel,
     .gemm = gemm,
     .direct = nullptr,
-    .store = store,
+    .store = store_sums<std::int32_t>,
 };
 
 }  // namespace bitcore

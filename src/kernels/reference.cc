@@ -46,7 +46,7 @@ class ReferenceKernel final : public BitKernelBase {
     for (std::int64_t n = 0; n < out_features; ++n) {
       const auto* payload = static_cast<const std::uint8_t*>(args.qweight.data);
       if (unpack_code_row(payload, shape, n, codes.data()) != 0) {
-        fail("qweight holds an invalid code: a 2-bit field is 3");
+        fail_invalid_code();
       }
       for (std::int64_t k = 0; k < in_features; ++k) {
         weights[static_cast<std::size_t>(n * in_features + k)] =

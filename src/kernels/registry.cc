@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <mutex>
 #include <shared_mutex>
+#include <sstream>
 
 #include "bitcore/exceptions.h"
 #include "cpu_features.h"
@@ -39,17 +40,14 @@ std::vector<KernelPtr> builtin_kernels() {
   return kernels;
 }
 
+// Names separated by commas, without the spaces around them.
 std::vector<std::string> split_names(const char* text) {
   std::vector<std::string> names;
-  std::string name;
-  for (const char* c = text; c != nullptr; ++c) {
-    if (*c != ',' && *c != '\0') {
-      if (*c != ' ') name += *c;
-      continue;
-    }
-    if (!name.empty()) names.push_back(name);
-    name.clear();
-    if (*c == '\0') break;
+  std::istringstream parts(text == nullptr ? "" : text);
+  for (std::string name; std::getline(parts, name, ',');) {
+    const std::size_t first = name.find_first_not_of(" \t");
+    if (first == std::string::npos) continue;
+    names.push_back(name.substr(first, name.find_last_not_of(" \t") + 1 - first));
   }
   return names;
 }
@@ -109,19 +107,29 @@ KernelPtr find_by_name(const State& s, std::string_view name, const BitQuantConf
   throw KernelNotFoundError("no kernel is named '" + std::string(name) + "'; known: " + known_names(s));
 }
 
-bool names_config(const State& s, const std::string& name, const BitQuantConfig& config) {
+bool is_known(const State& s, std::string_view name) {
+  return name == "Int8Kernel" || name == "Float32Kernel" ||
+         std::any_of(s.kernels.begin(), s.kernels.end(),
+                     [&](const KernelPtr& kernel) { return kernel->name() == name; });
+}
+
+bool names_config(const State& s, std::string_view name, const BitQuantConfig& config) {
   if (name == family(config.activation_dtype)) return true;
   return std::any_of(s.kernels.begin(), s.kernels.end(),
                      [&](const KernelPtr& kernel) { return kernel->name() == name && runs(*kernel, config); });
 }
 
 KernelPtr find_named_by_variable(const State& s, const BitQuantConfig& config) {
-  std::vector<std::string> fitting;
-  std::copy_if(s.named.begin(), s.named.end(), std::back_inserter(fitting),
-               [&](const std::string& name) { return names_config(s, name, config); });
-  if (fitting.size() == 1) return find_by_name(s, fitting.front(), config);
   std::string text = std::string(kVariable) + "=";
   for (const std::string& name : s.named) text += (name == s.named.front() ? "" : ",") + name;
+  std::vector<std::string> fitting;
+  for (const std::string& name : s.named) {
+    if (!is_known(s, name)) {
+      throw KernelNotFoundError(text + " names '" + name + "', which is no kernel; known: " + known_names(s));
+    }
+    if (names_config(s, name, config)) fitting.push_back(name);
+  }
+  if (fitting.size() == 1) return find_by_name(s, fitting.front(), config);
   text += fitting.empty() ? " names no kernel that runs here and covers " : " names more than one kernel for ";
   throw KernelNotFoundError(text + to_string(config) + "; known: " + known_names(s));
 }
@@ -158,13 +166,11 @@ std::vector<KernelPtr> KernelRegistry::all_kernels() {
 }
 
 void KernelRegistry::register_kernel(KernelPtr kernel) {
+  if (kernel == nullptr) throw BitLabError("kernel is null, expected a kernel");
   State& s = state();
   const std::unique_lock lock(s.mutex);
   const std::string_view name = kernel->name();
-  const bool taken =
-      name == "Int8Kernel" || name == "Float32Kernel" ||
-      std::any_of(s.kernels.begin(), s.kernels.end(), [&](const KernelPtr& other) { return other->name() == name; });
-  if (taken) throw BitLabError("a kernel named '" + std::string(name) + "' is already registered");
+  if (is_known(s, name)) throw BitLabError("a kernel named '" + std::string(name) + "' is already registered");
   s.kernels.insert(s.kernels.begin(), std::move(kernel));
   ++s.user_count;
 }

@@ -11,13 +11,17 @@
 
 namespace bitcore {
 
+/// Bound of TileFunctions::direct_tokens: the driver keeps the sums of a tile on the stack.
+inline constexpr std::int64_t kMostDirectTokens = 16;
+
 struct TileFunctions {
   ActivationDtype activation_dtype;
 
-  std::int64_t panel_rows;     ///< Output rows that gemm computes together; a multiple of kTileRows.
-  std::int64_t token_tile;     ///< Most rows of x that gemm computes together.
-  std::int64_t k_block;        ///< k that one unpacked panel covers; a multiple of kStepCodes.
-  std::int64_t direct_tokens;  ///< Most rows of x for which direct is used; 0 where there is no direct.
+  std::int64_t panel_rows;  ///< Output rows that gemm computes together; a multiple of kTileRows.
+  std::int64_t token_tile;  ///< Most rows of x that gemm computes together.
+  std::int64_t k_block;     ///< k that one unpacked panel covers; a multiple of kStepCodes.
+  std::int64_t
+      direct_tokens;  ///< Most rows of x for which direct is used, up to kMostDirectTokens; 0: there is no direct.
 
   std::int64_t panel_element;  ///< Bytes of one weight in an unpacked panel.
   std::int64_t token_element;  ///< Bytes of one activation as pack_tokens writes it.

@@ -8,6 +8,7 @@
 #include "aligned_array.h"
 #include "bitcore/ops/base.h"
 #include "checks.h"
+#include "math.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
 
@@ -20,9 +21,6 @@ constexpr std::int64_t kMacsPerThread = std::int64_t{1} << 20;
 
 // Activations that are quantized, packed and multiplied before the next ones: they stay in the last-level cache.
 constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-constexpr std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
 
 // One call: the arguments with everything that is derived from them once.
 class Run {
@@ -52,7 +50,7 @@ class Run {
     } else {
       run_blocks();
     }
-    if (invalid_.load(std::memory_order_relaxed) != 0) fail("qweight holds an invalid code: a 2-bit field is 3");
+    if (invalid_.load(std::memory_order_relaxed) != 0) fail_invalid_code();
     return tile_calls_.load(std::memory_order_relaxed);
   }
 
@@ -167,8 +165,7 @@ class Run {
 
   std::uint32_t direct_tile(std::int64_t tile, const std::byte* packed,
                             const std::vector<Activation>& activations) const {
-    constexpr std::int64_t kMostTokens = 16;
-    alignas(kCacheLine) std::int32_t sums[kMostTokens * kTileRows];
+    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kTileRows];
     const std::int64_t row = tile * kTileRows;
     const std::int64_t rows = std::min(kTileRows, out_features_ - row);
     for (std::int64_t m = 0; m < tokens_; ++m) {

@@ -1,6 +1,7 @@
 // The driver that all built-in fast kernels share: quantize, split, thread, unpack, multiply, store.
 #pragma once
 
+#include <cassert>
 #include <string_view>
 
 #include "bitcore/kernels/base.h"
@@ -13,7 +14,9 @@ class TiledKernel final : public BitKernelBase {
  public:
   /// All arguments outlive the kernel.
   TiledKernel(std::string_view name, std::string_view requirement, bool supported, const TileFunctions& functions)
-      : name_(name), requirement_(requirement), supported_(supported), functions_(functions) {}
+      : name_(name), requirement_(requirement), supported_(supported), functions_(functions) {
+    assert(functions.direct_tokens <= kMostDirectTokens);
+  }
 
   std::string_view name() const override { return name_; }
   std::string_view requirement() const override { return requirement_; }

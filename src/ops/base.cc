@@ -154,6 +154,7 @@ void compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config, 
 }
 
 std::vector<float> compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config) {
+  check_matrix(weight, "weight");
   std::vector<float> scale(static_cast<std::size_t>(weight_scale_size(weight.rows, config)));
   compute_weight_scale(weight, config, scale);
   return scale;
@@ -205,6 +206,7 @@ void compute_x_scale(ConstMatrixView x, const BitQuantConfig& config, std::span<
 }
 
 std::vector<float> compute_x_scale(ConstMatrixView x, const BitQuantConfig& config) {
+  check_matrix(x, "x");
   std::vector<float> scale(static_cast<std::size_t>(x_scale_size(x.rows, config)));
   compute_x_scale(x, config, scale);
   return scale;

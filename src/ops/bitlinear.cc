@@ -18,6 +18,9 @@ namespace {
 // The width of x that a qweight of either form takes.
 std::int64_t in_features_of(ConstMatrixView qweight) {
   if (qweight.dtype == DType::int8) return qweight.cols;
+  if (qweight.dtype != DType::uint8) {
+    fail("qweight must be packed uint8 or int8 codes, got ", to_string(qweight.dtype));
+  }
   return read_trailer(qweight).in_features;
 }
 
@@ -57,12 +60,9 @@ void run_kernel(LinearArgs args, const Options& options) {
                                                ? KernelRegistry::get_kernel_for_config(args.config)
                                                : KernelRegistry::get_kernel_by_name(options.kernel, args.config);
   args.executor = options.executor != nullptr ? options.executor : &default_executor();
-  if (kernel->accepts(args.qweight)) {
+  if (args.qweight.dtype == DType::uint8) {
     (*kernel)(args);
     return;
-  }
-  if (args.qweight.dtype != DType::int8) {
-    fail("qweight has a form that kernel ", kernel->name(), " does not accept");
   }
   const std::vector<std::uint8_t> packed = pack_weights(args.qweight);
   const PackedShape shape = packed_shape(args.qweight.rows, args.qweight.cols);

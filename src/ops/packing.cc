@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "checks.h"
+#include "math.h"
 #include "ops/packing_internal.h"
 
 namespace bitcore {
@@ -15,8 +16,6 @@ namespace {
 constexpr char kMagic[8] = {'B', 'I', 'T', 'L', 'A', 'B', 'Q', 'W'};
 constexpr std::uint32_t kVersion = 1;
 constexpr std::uint64_t kChecksumFactor = 0x9E3779B97F4A7C15u;
-
-constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Little-endian by shifts, so that the bytes are the same on every machine.
 void store_le(std::uint8_t* out, std::uint64_t value, int bytes) {
@@ -138,7 +137,7 @@ void check_packed_output(MatrixView packed, const PackedShape& shape) {
 }
 
 PackedShape read_trailer(ConstMatrixView packed) {
-  if (packed.dtype != DType::uint8) fail("qweight must be packed uint8 or int8 codes, got ", to_string(packed.dtype));
+  if (packed.dtype != DType::uint8) fail("qweight must be packed uint8, got ", to_string(packed.dtype));
   if (packed.rows < 1) fail("qweight has ", packed.rows, " rows, expected at least 1");
   if (packed.row_stride != packed.cols) fail("qweight must be contiguous");
   const std::int64_t trailer_row_bytes = ceil_div(kTrailerBytes, packed.rows);
@@ -189,7 +188,7 @@ void check_qweight(ConstMatrixView packed, std::int64_t in_features) {
   if (stored != found) fail("qweight is damaged: its checksum is ", found, ", its trailer says ", stored);
   std::uint32_t invalid = 0;
   for (std::int64_t i = 0; i < shape.payload_bytes(); i += 4) invalid |= invalid_codes(load_word(payload + i));
-  if (invalid != 0) fail("qweight holds an invalid code: a 2-bit field is 3");
+  if (invalid != 0) fail_invalid_code();
 }
 
 void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout) {
@@ -218,9 +217,13 @@ std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout) {
   return packed;
 }
 
-void unpack_weights(ConstMatrixView packed, MatrixView qweight) {
+void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify) {
   check_dtype(qweight.dtype, DType::int8, "the unpacked weight");
-  check_qweight(packed, qweight.cols);
+  if (verify == Verify::every_byte) {
+    check_qweight(packed, qweight.cols);
+  } else {
+    check_trailer(packed, qweight.cols);
+  }
   check_shape(qweight.rows, qweight.cols, packed.rows, qweight.cols, "the unpacked weight");
   const PackedShape shape = packed_shape(packed.rows, qweight.cols);
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4));

@@ -69,12 +69,11 @@ Tensor pack_weights(const Tensor& qweight, StringArgument layout) {
   return packed;
 }
 
-// Here every byte is checked whether asked for or not: it costs little on a CPU.
-Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool /*check*/) {
+Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool check) {
   const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
   check_trailer(packed.view, in_features);
   Tensor codes = empty({packed.view.rows, in_features}, ScalarType::Char);
-  bitcore::unpack_weights(packed.view, output_rows(codes));
+  bitcore::unpack_weights(packed.view, output_rows(codes), check ? Verify::every_byte : Verify::trailer);
   return codes;
 }
 

@@ -1,20 +1,12 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <sstream>
 #include <string>
 
-#include "bitcore/exceptions.h"
+#include "checks.h"
 
 namespace bitcore::torch_ops {
 namespace {
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  throw QuantizationError(text.str());
-}
 
 // As torch prints it in Python.
 std::string to_string(ScalarType dtype) {

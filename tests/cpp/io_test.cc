@@ -61,7 +61,7 @@ TEST_F(Safetensors, ReadsTensorsAndMetadata) {
   EXPECT_EQ(file.tensors().size(), 2u);
   expect_error<QuantizationError>([&] { file.tensor("z"); }, {"'z'", path_});
   expect_error<QuantizationError>([&] { file.tensor("s").matrix(); }, {"0 dimensions", "2"});
-  expect_error<QuantizationError>([&] { file.tensor("q").floats(); }, {"U8", "F32"});
+  expect_error<QuantizationError>([&] { file.tensor("q").floats(); }, {"uint8", "float32"});
 }
 
 TEST_F(Safetensors, RefusesWhatIsNoFile) {
@@ -92,6 +92,25 @@ TEST_F(Safetensors, RefusesABrokenHeader) {
   expect_refused(
       R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", 2,
       {"twice"});
+}
+
+TEST_F(Safetensors, RefusesDeepNesting) {
+  const std::string deep = std::string(200000, '[') + std::string(200000, ']');
+  expect_refused(R"({"x":{"dtype":)" + deep + R"(,"shape":[1],"data_offsets":[0,4]}})", 4, {"nested"});
+  expect_refused(R"({"__metadata__":{"a":)" + deep + "}}", 0, {"nested"});
+  expect_refused(deep, 0, {"nested"});
+  expect_refused(R"({"a":{"dtype":"U8","shape":[0,18446744073709551615],"data_offsets":[0,0]}})", 0, {"overflow"});
+}
+
+TEST_F(Safetensors, AlignsWhatTheFileDoesNot) {
+  const SafetensorsFile file(write(R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},)"
+                                   R"("b":{"dtype":"F32","shape":[2],"data_offsets":[3,11]}})",
+                                   11));
+  const ConstVectorView b = file.tensor("b").vector();
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(b.data) % alignof(float), 0u);
+  EXPECT_EQ(static_cast<const std::uint8_t*>(b.data)[7], 10);
+  EXPECT_EQ(file.tensor("b").floats(),
+            std::vector<float>(static_cast<const float*>(b.data), static_cast<const float*>(b.data) + 2));
 }
 
 TEST_F(Safetensors, EveryTruncationIsRefused) {

@@ -93,6 +93,18 @@ INSTANTIATE_TEST_SUITE_P(Sizes, Packing,
                                            Size{17, 5}, Size{31, 100}, Size{63, 64}, Size{64, 65}, Size{65, 127},
                                            Size{200, 3}));
 
+TEST(PackingVerify, MayCheckTheTrailerOnly) {
+  const Codes codes(6, 0);
+  std::vector<std::uint8_t> packed = pack_weights({codes.data(), 2, 3});
+  packed[0] = 0x57;  // code 3, and a checksum that does not fit
+  Codes unpacked(6);
+  EXPECT_THROW(unpack_weights(view(packed, 2), {unpacked.data(), 2, 3}), QuantizationError);
+  unpack_weights(view(packed, 2), {unpacked.data(), 2, 3}, Verify::trailer);
+  EXPECT_EQ(unpacked, (Codes{2, 0, 0, 0, 0, 0}));
+  packed[8] = 0;  // magic
+  EXPECT_THROW(unpack_weights(view(packed, 2), {unpacked.data(), 2, 3}, Verify::trailer), QuantizationError);
+}
+
 TEST(PackingTrailer, IsTheDocumentedOne) {
   const Codes codes = {1, 0, -1};
   const std::vector<std::uint8_t> packed = pack_weights({codes.data(), 1, 3});

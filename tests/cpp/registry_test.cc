@@ -61,6 +61,10 @@ TEST(Registry, Errors) {
   expect_error<KernelNotFoundError>([] { KernelRegistry::unregister_kernel("ReferenceKernel"); }, {"ReferenceKernel"});
 }
 
+TEST(Registry, NullIsNoKernel) {
+  expect_error<BitLabError>([] { KernelRegistry::register_kernel(nullptr); }, {"null"});
+}
+
 TEST(Registry, UserKernelsComeFirst) {
   const auto builtin = KernelRegistry::get_kernel_for_config({});
   KernelRegistry::register_kernel(std::make_shared<FortyTwoKernel>());

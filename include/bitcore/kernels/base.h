@@ -19,14 +19,15 @@ struct LinearArgs {
   ConstMatrixView x;                     ///< Floating (M, in_features), or int8 codes where x_scale is given.
   std::span<const float> x_scale;        ///< Empty: the kernel quantizes x itself.
   std::span<const float> qweight_scale;  ///< 1 or out_features floats.
-  ConstMatrixView qweight;               ///< What accepts() takes.
-  ConstVectorView bias;                  ///< Floating, or none.
+  ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
+  ConstVectorView bias;     ///< Floating, or none.
   BitQuantConfig config;
   MatrixView y;        ///< Floating (M, out_features).
   Executor* executor;  ///< Never null.
 };
 
-/// Base class of every kernel. A kernel keeps no state between calls; any number of threads call it at once.
+/// Base class of every kernel. A kernel reads the standard packed form, keeps no state between calls, and is called by
+/// any number of threads at once.
 class BitKernelBase {
  public:
   virtual ~BitKernelBase() = default;
@@ -42,12 +43,6 @@ class BitKernelBase {
 
   /// Whether the kernel computes this config.
   virtual bool is_compatible_with(const BitQuantConfig& config) const = 0;
-
-  /// The standard packed form unless overridden.
-  virtual bitlinear::PreparedWeights prepare_weights(ConstMatrixView weight, const BitQuantConfig& config) const;
-
-  /// Whether `qweight` is in the form that the kernel reads: uint8, by default.
-  virtual bool accepts(ConstMatrixView qweight) const;
 
   /// Computes args.y by the contract.
   /// @throws QuantizationError where the payload of qweight holds an invalid code (y is then unspecified).

@@ -57,10 +57,15 @@ void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout = La
 /// The same into a new buffer.
 std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout = Layout::automatic);
 
-/// Inverse of pack_weights: writes int8 codes of shape (out_features, in_features). Checks every byte, as
-/// check_qweight.
-/// @throws QuantizationError as check_qweight, or where `qweight` has a wrong shape or dtype.
-void unpack_weights(ConstMatrixView packed, MatrixView qweight);
+/// How much of a packed weight is checked before it is read.
+enum class Verify {
+  every_byte,  ///< As check_qweight.
+  trailer,     ///< As check_trailer; an invalid code is unpacked as 2.
+};
+
+/// Inverse of pack_weights: writes int8 codes of shape (out_features, in_features).
+/// @throws QuantizationError where the check fails, or `qweight` has a wrong shape or dtype.
+void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify = Verify::every_byte);
 
 /// Rewrites a packed weight in another layout.
 std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_features, Layout layout);
