@@ -14,5 +14,5 @@ def load() -> None:
         ImportError: the shared object has not been built.
     """
     if not PATH.is_file():
-        raise ImportError(f"bitcore's compiled operators are missing: {PATH}; build them with CMake (see README.md)")
+        raise ImportError(f"bitcore's compiled operators are missing ({PATH}): run `make build`")
     torch.ops.load_library(str(PATH))

@@ -37,7 +37,7 @@ class BitQuantConfig:
     def __post_init__(self) -> None:
         for argument, choices in _CHOICES.items():
             value = getattr(self, argument)
-            if value not in choices:
+            if not (isinstance(value, str) and value in choices):
                 allowed = " or ".join(f'"{choice}"' for choice in choices)
                 raise QuantizationError(f"{argument} is {value!r}, expected {allowed}")
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
@@ -126,6 +127,29 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(y.sum(), layer.x, create_graph=True)
 
 
+@pytest.mark.parametrize("kernel", ["native", "TorchKernel"])
+@pytest.mark.parametrize("name", ["x", "weight", "bias"])
+def test_forward_mode_derivatives_are_refused(name: str, kernel: str) -> None:
+    layer = make_layer(4)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    forced = KernelRegistry.forced(*(["TorchKernel"] if kernel == "TorchKernel" else []))
+    with forced, forward_ad.dual_level():
+        dual = layer._replace(**{name: forward_ad.make_dual(getattr(layer, name), getattr(layer, name))})
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            bitlinear.forward(dual.x, dual.weight, bias=dual.bias, quant_config=PER_TOKEN, training=True)
+        if name != "weight":
+            with pytest.raises(NotImplementedError, match="forward-mode"), torch.no_grad():
+                bitlinear.forward(dual.x, None, scale, qweight, dual.bias, PER_TOKEN)
+        bitlinear.forward(*layer[:2], bias=layer.bias, quant_config=PER_TOKEN, training=True)
+
+
+def test_jvp_of_fake_quantization_is_refused() -> None:
+    layer = make_layer(4)
+    for function, value in ((base.fake_quantize_x, layer.x), (base.fake_quantize_weight, layer.weight)):
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(lambda leaf, function=function: function(leaf, PER_TOKEN), (value,), (value,))
+
+
 @all_configs
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fake_quantization(config: BitQuantConfig, dtype: torch.dtype) -> None:
@@ -141,7 +165,12 @@ def test_fake_quantization(config: BitQuantConfig, dtype: torch.dtype) -> None:
         assert_same_bits(fake_x.detach(), base.dequantize_x(qx, x_scale, config))
     else:
         assert fake_x is x
-        assert base.quantize_x(x, base.compute_x_scale(x, config), config) is x
+        x_scale = base.compute_x_scale(x, config)
+        assert base.quantize_x(layer.x, x_scale, config) is layer.x
+        qx = base.quantize_x(x, x_scale, config)
+        assert qx.data_ptr() == x.data_ptr()
+        assert not qx.requires_grad
+        assert not base.dequantize_x(x, x_scale, config).requires_grad
     upstream = torch.randn(19, 37)
     (gradient,) = torch.autograd.grad(fake_weight, weight, upstream)
     assert_same_bits(gradient, upstream.to(dtype))

@@ -5,6 +5,7 @@ import dataclasses
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bitcore.config import BitQuantConfig, all_configs
@@ -32,7 +33,7 @@ def test_all_configs_are_eight() -> None:
 
 
 @pytest.mark.parametrize("argument", ["weight_granularity", "activation_dtype", "activation_granularity"])
-@pytest.mark.parametrize("value", ["per_row", "int4", "", None, 8, ["int8"]])
+@pytest.mark.parametrize("value", ["per_row", "int4", "", None, 8, ["int8"], np.array(["int8", "int8"])])
 def test_a_value_that_does_not_exist(argument: str, value: Any) -> None:
     with pytest.raises(QuantizationError, match=argument) as caught:
         BitQuantConfig(**{argument: value})

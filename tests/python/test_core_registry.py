@@ -4,18 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
 from bitcore.kernels.builtin import BUILTIN_KERNELS, CPU_FEATURES, FAMILY_NAMES, tile_calls
+from bitcore.kernels.registry import STATE
 from bitcore.ops import _ops, base, bitlinear
 from bitcore.testing import assert_same_bits, check_kernel
 from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
@@ -162,6 +166,8 @@ def test_kernels_that_cannot_be_had() -> None:
     for name, words in (("Int9Kernel", "known"), ("Float32Kernel", "does not cover")):
         with pytest.raises(KernelNotFoundError, match=words):
             KernelRegistry.get_kernel_by_name(name, PER_TOKEN)
+    with pytest.raises(KernelNotFoundError, match="'foo'"):
+        KernelRegistry.get_kernel_for_config(PER_TOKEN, "foo")
     with pytest.raises(KernelNotFoundError, match="Int9Kernel"), KernelRegistry.forced("Int9Kernel"):
         pass
     with KernelRegistry.forced("Float32PortableKernel"), pytest.raises(KernelNotFoundError, match="BitQuantConfig"):
@@ -169,6 +175,47 @@ def test_kernels_that_cannot_be_had() -> None:
     with KernelRegistry.forced("TorchKernel", "ReferenceKernel"), pytest.raises(KernelNotFoundError, match="more than"):
         _infer()
     _infer()
+
+
+def _kernel_name() -> str:
+    return KernelRegistry.get_kernel_for_config(PER_TOKEN).name
+
+
+def test_forced_blocks_may_end_in_any_order() -> None:
+    automatic = _kernel_name()
+    first, second, third = (KernelRegistry.forced(name) for name in ("TorchKernel", "ReferenceKernel", "TorchKernel"))
+    for block in (first, second, third):
+        block.__enter__()
+    third.__exit__(None, None, None)
+    assert _kernel_name() == "ReferenceKernel"
+    first.__exit__(None, None, None)
+    assert _kernel_name() == "ReferenceKernel"
+    second.__exit__(None, None, None)
+    assert _kernel_name() == automatic
+    assert STATE.token == ""
+
+
+def test_a_call_sees_one_state_of_the_registry() -> None:
+    stop = threading.Event()
+
+    def force() -> None:
+        while not stop.is_set():
+            with KernelRegistry.forced("ReferenceKernel"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            forcing = pool.submit(force)
+            try:
+                names = {_kernel_name() for _ in range(3000)}
+            finally:
+                stop.set()
+            forcing.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert names <= {"ReferenceKernel", FAMILY_NAMES["Int8Kernel"]}
 
 
 # ---- user kernels ----------------------------------------------------------------------------------------------------
@@ -301,6 +348,113 @@ def test_a_form_of_its_own_may_be_built_on_the_standard_one() -> None:
     scale, codes = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
     assert torch.equal(scale, standard_scale)
     assert torch.equal(codes, bitlinear.unpack_weights(standard, layer.weight.shape[-1]))
+
+
+def test_a_form_of_its_own_without_accepts() -> None:
+    class Floats(OwnForm):
+        accepts = BitKernelBase.accepts
+
+    class Codes(Floats):
+        """Its codes are also a public form."""
+
+        def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+            scale = base.compute_weight_scale(weight, quant_config)
+            return scale, base.quantize_weight(weight, scale, quant_config)
+
+    layer, plain = make_layer(5), _infer()
+    scale = base.compute_weight_scale(layer.weight, PER_TOKEN)
+    codes = base.quantize_weight(layer.weight, scale, PER_TOKEN)
+    KernelRegistry.register(Floats)
+    own = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert own[1].dtype == torch.float32
+    torch.testing.assert_close(bitlinear.forward(layer.x, None, *own, layer.bias, PER_TOKEN), plain)
+    assert_same_bits(bitlinear.forward(layer.x, None, scale, codes, layer.bias, PER_TOKEN), plain)
+    KernelRegistry.register(Codes)
+    with pytest.raises(QuantizationError, match=r"Codes prepared a qweight of dtype torch.int8.*override accepts"):
+        bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+
+
+def _damaged(qweight: Tensor) -> Tensor:
+    damaged = qweight.clone().flatten()
+    damaged[19 * 12] ^= 1  # The first byte of the trailer: in_features 37 gives 12 bytes of payload a row.
+    return damaged.view_as(qweight)
+
+
+def test_a_kernel_of_the_standard_form_gets_a_checked_qweight() -> None:
+    KernelRegistry.register(CustomKernel)
+    layer, other = make_layer(5), make_layer(5, in_features=38)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    for x, wrong_scale, wrong_qweight, words in (
+        (other.x, scale, qweight, "packed for 37 in_features, not 38"),
+        (layer.x, scale, _damaged(qweight), "no trailer"),
+        (layer.x, 0 * scale, qweight, "finite and positive"),
+        (layer.x, torch.nan * scale, qweight, "finite and positive"),
+    ):
+        calls = CustomKernel.calls
+        with pytest.raises(QuantizationError, match=words):
+            bitlinear.forward(x, None, wrong_scale, wrong_qweight, layer.bias, PER_TOKEN)
+        assert CustomKernel.calls == calls
+
+
+def test_opcheck_of_the_checked_scale() -> None:
+    scale, qweight = bitlinear.prepare_weights(make_layer().weight, PER_TOKEN)
+    opcheck(_ops.checked_scale, (scale, qweight, 37))
+    assert _ops.checked_scale(scale.to("meta"), qweight.to("meta"), 37).shape == ()
+
+
+RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "None": (lambda y: None, "returned None, expected a tensor"),
+    "a tuple": (lambda y: (y,), "returned a tuple, expected a tensor"),
+    "shape": (lambda y: y[..., 1:], r"shape \(5, 18\), expected \(5, 19\)"),
+    "rank": (lambda y: y[None], r"shape \(1, 5, 19\), expected \(5, 19\)"),
+    "dtype": (lambda y: y.double(), "dtype torch.float64, expected torch.float32"),
+    "device": (lambda y: y.to("meta"), "device meta, expected cpu"),
+}
+
+
+@pytest.mark.parametrize("form", [CustomKernel, OwnForm], ids=["standard form", "own form"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_a_kernel_returns_is_checked(name: str, training: bool, form: type[BitKernelBase]) -> None:
+    change, words = RESULTS[name]
+
+    class Wrong(form):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any) -> Any:
+            return change(super().__call__(*args))
+
+    KernelRegistry.register(Wrong)
+    layer = make_layer(5)
+    prepared = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with pytest.raises(QuantizationError, match=f"kernel Wrong returned .*{words}|kernel Wrong {words}"):
+        bitlinear.forward(layer.x, layer.weight, *prepared, layer.bias, PER_TOKEN, training)
+
+
+def test_an_own_form_without_a_bias_may_have_any_out_features() -> None:
+    KernelRegistry.register(OwnForm)
+    layer = make_layer(5)
+    prepared = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert bitlinear.forward(layer.x, None, *prepared, None, PER_TOKEN).shape == (5, 19)
+
+
+@pytest.mark.parametrize("prepared", [None, torch.ones(2), (torch.ones(()),), (torch.ones(()), 3)], ids=repr)
+def test_an_own_form_that_is_no_pair_of_tensors(prepared: Any) -> None:
+    class Wrong(OwnForm):
+        def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+            return prepared
+
+    KernelRegistry.register(Wrong)
+    layer = make_layer(5)
+    with pytest.raises(QuantizationError, match=r"kernel Wrong: prepare_weights returned .*expected two tensors"):
+        bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with pytest.raises(QuantizationError, match="expected two tensors"):
+        bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
+
+
+def test_a_kernel_of_its_own_form_under_autocast() -> None:
+    KernelRegistry.register(OwnForm)
+    plain = _infer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(_infer(), plain.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -62,10 +62,14 @@ class BitKernelBase:
     def accepts(self, qweight: Tensor) -> bool:
         """Whether qweight is in the form that the kernel reads.
 
-        Unless overridden: uint8 for a kernel of the standard form; anything else for one that overrides
-        `prepare_weights`, which should override this as well.
+        Unless overridden: uint8 for a kernel of the standard form. One that overrides `prepare_weights` overrides this
+        as well; if it does not: anything but the two public forms, packed bytes (uint8) and codes (int8, 2-D), which
+        may come from anywhere and would be taken for the kernel's own. `bitlinear.prepare_weights` raises where a
+        kernel does not accept what it prepared itself.
         """
-        return self.has_standard_form() == (qweight.dtype == torch.uint8)
+        if self.has_standard_form():
+            return qweight.dtype == torch.uint8
+        return qweight.dtype != torch.uint8 and not (qweight.dtype == torch.int8 and qweight.ndim == 2)
 
     def has_standard_form(self) -> bool:
         """Whether the kernel reads what the default `prepare_weights` returns."""

@@ -5,7 +5,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,23 @@ def _split_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+class Naming(NamedTuple):
+    """The kernels that a call has to use, and who says so. No names: the registry's order decides."""
+
+    names: tuple[str, ...]
+    by: str
+
+    def __str__(self) -> str:
+        return f"{self.by}={','.join(self.names)}"
+
+
+class Choice(NamedTuple):
+    """What decides which kernel runs, at one moment: a call reads it once, whatever other threads do meanwhile."""
+
+    user_kernels: tuple[BitKernelBase, ...]  # latest first
+    naming: Naming
+
+
 class _State:
     """What decides, and a token that changes with it: compiled code guards on the token.
 
@@ -31,50 +48,75 @@ class _State:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.user_kernels: tuple[BitKernelBase, ...] = ()  # latest first
-        self.named = _split_names(os.environ.get(VARIABLE, ""))
-        self.named_by = VARIABLE
         self.generation = 0
-        self.token = self._token()
+        self._by_variable = Naming(_split_names(os.environ.get(VARIABLE, "")), VARIABLE)
+        self._forced: dict[object, Naming] = {}  # every open `forced` block's, the latest last
+        self.choice = Choice((), self._by_variable)
+        self.token = ""
+        self._decide()
 
-    def refresh(self) -> None:
-        """Recomputes the token."""
-        self.token = self._token()
+    @property
+    def user_kernels(self) -> tuple[BitKernelBase, ...]:
+        """The registered kernels, latest first."""
+        return self.choice.user_kernels
 
-    def _token(self) -> str:
-        if not self.user_kernels and not self.named:
-            return ""
-        return f"{self.generation} {','.join(self.named)}"
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The named kernels, if any."""
+        return self.choice.naming.names
+
+    @property
+    def named_by(self) -> str:
+        """What names them."""
+        return self.choice.naming.by
+
+    def set_user_kernels(self, kernels: tuple[BitKernelBase, ...]) -> None:
+        """Replaces the registered kernels. The caller holds the lock."""
+        self.generation += 1
+        self.choice = self.choice._replace(user_kernels=kernels)
+        self._decide()
+
+    def push(self, naming: Naming) -> object:
+        """Lets the naming decide until its handle, which is returned, is removed."""
+        handle = object()
+        with self.lock:
+            self._forced[handle] = naming
+            self._decide()
+        return handle
+
+    def remove(self, handle: object) -> None:
+        """Takes a naming away; the latest of those that are left decides."""
+        with self.lock:
+            del self._forced[handle]
+            self._decide()
+
+    def _decide(self) -> None:
+        naming = next(reversed(self._forced.values()), self._by_variable)
+        self.choice = self.choice._replace(naming=naming)
+        decides = self.choice.user_kernels or naming.names
+        self.token = f"{self.generation} {','.join(naming.names)}" if decides else ""
 
 
 STATE = _State()
 
 
-def _all_kernels() -> tuple[BitKernelBase, ...]:
-    return STATE.user_kernels + BUILTIN_KERNELS
-
-
-def lookup(name: str) -> BitKernelBase | None:
-    """A kernel by its name, whether it runs here or not."""
+def _find(name: str, user_kernels: tuple[BitKernelBase, ...], says: str) -> BitKernelBase:
     resolved = FAMILY_NAMES.get(name, name)
-    return next((kernel for kernel in _all_kernels() if kernel.name == resolved), None)
-
-
-def known_names() -> str:
-    """For error messages."""
-    return ", ".join([*FAMILY_NAMES, *(kernel.name for kernel in _all_kernels())])
+    kernels = user_kernels + BUILTIN_KERNELS
+    for kernel in kernels:
+        if kernel.name == resolved:
+            return kernel
+    known = ", ".join([*FAMILY_NAMES, *(kernel.name for kernel in kernels)])
+    raise KernelNotFoundError(f"{says}; known: {known}")
 
 
 def find(name: str) -> BitKernelBase:
-    """As lookup.
+    """A kernel by its name, whether it runs here or not.
 
     Raises:
         KernelNotFoundError: the name is unknown.
     """
-    kernel = lookup(name)
-    if kernel is None:
-        raise KernelNotFoundError(f"no kernel is named '{name}'; known: {known_names()}")
-    return kernel
+    return _find(name, STATE.choice.user_kernels, f"no kernel is named '{name}'")
 
 
 def candidates(config: BitQuantConfig, device_type: str) -> list[BitKernelBase]:
@@ -83,20 +125,17 @@ def candidates(config: BitQuantConfig, device_type: str) -> list[BitKernelBase]:
     Raises:
         KernelNotFoundError: no kernel covers the config; where kernels are named, none or more than one of them does.
     """
-    if not STATE.named:
-        fitting = [kernel for kernel in _all_kernels() if kernel.covers(config, device_type)]
+    user_kernels, naming = STATE.choice
+    if not naming.names:
+        fitting = [kernel for kernel in user_kernels + BUILTIN_KERNELS if kernel.covers(config, device_type)]
         if not fitting:
             raise KernelNotFoundError(f"no kernel covers {config} on {device_type}")
         return fitting
-    named_by = f"{STATE.named_by}={','.join(STATE.named)}"
-    unknown = [name for name in STATE.named if lookup(name) is None]
-    if unknown:
-        raise KernelNotFoundError(f"{named_by} names '{unknown[0]}', which is no kernel; known: {known_names()}")
-    named = [lookup(name) for name in STATE.named]
-    fitting = [kernel for kernel in named if kernel is not None and kernel.covers(config, device_type)]
+    named = [_find(name, user_kernels, f"{naming} names '{name}', which is no kernel") for name in naming.names]
+    fitting = [kernel for kernel in named if kernel.covers(config, device_type)]
     if len(fitting) != 1:
         count = "more than one kernel" if fitting else "no kernel"
-        raise KernelNotFoundError(f"{named_by} names {count} that runs {config} on {device_type}")
+        raise KernelNotFoundError(f"{naming} names {count} that runs {config} on {device_type}")
     return fitting
 
 
@@ -143,9 +182,9 @@ class KernelRegistry:
         """The kernel that a call with this config uses, bound to the config.
 
         Raises:
-            KernelNotFoundError: names the config, and the variable where it decides.
+            KernelNotFoundError: names the config, and the variable where it decides; or torch knows no such device.
         """
-        return bind(candidates(require_config(config), torch.device(device).type)[0], config)
+        return bind(candidates(require_config(config), _device_type(device))[0], config)
 
     @staticmethod
     def get_kernel_by_name(name: str, config: BitQuantConfig) -> BitKernelBase:
@@ -167,7 +206,7 @@ class KernelRegistry:
     def list_available_kernels() -> list[str]:
         """Names of what runs here, best first, "Int8Kernel" and "Float32Kernel" included."""
         builtin = [kernel.name for kernel in BUILTIN_KERNELS if kernel.is_supported()]
-        return [*(kernel.name for kernel in STATE.user_kernels), *FAMILY_NAMES, *builtin]
+        return [*(kernel.name for kernel in STATE.choice.user_kernels), *FAMILY_NAMES, *builtin]
 
     @staticmethod
     def register(kernel: BitKernelBase | type[BitKernelBase]) -> None:
@@ -183,10 +222,10 @@ class KernelRegistry:
         if not isinstance(instance, BitKernelBase):
             raise QuantizationError(f"kernel is a {type(instance).__name__}, expected a BitKernelBase")
         with STATE.lock:
-            if instance.name in FAMILY_NAMES or any(instance.name == other.name for other in _all_kernels()):
+            kernels = STATE.choice.user_kernels
+            if instance.name in (*FAMILY_NAMES, *(other.name for other in kernels + BUILTIN_KERNELS)):
                 raise BitLabError(f"a kernel named '{instance.name}' is already registered")
-            STATE.user_kernels = (instance, *STATE.user_kernels)
-            _next_generation()
+            _set_user_kernels((instance, *kernels))
 
     @staticmethod
     def unregister(name: str) -> None:
@@ -196,37 +235,37 @@ class KernelRegistry:
             KernelNotFoundError: no registered kernel has this name.
         """
         with STATE.lock:
-            left = tuple(kernel for kernel in STATE.user_kernels if kernel.name != name)
-            if len(left) == len(STATE.user_kernels):
+            left = tuple(kernel for kernel in STATE.choice.user_kernels if kernel.name != name)
+            if len(left) == len(STATE.choice.user_kernels):
                 raise KernelNotFoundError(f"no registered kernel is named '{name}'")
-            STATE.user_kernels = left
-            _next_generation()
+            _set_user_kernels(left)
 
     @staticmethod
     @contextmanager
     def forced(*names: str) -> Iterator[None]:
         """Inside the block, in all threads, only the named kernels run: BITLAB_KERNEL for a while.
 
+        Of blocks that are open at once, the one entered last decides, in whatever order they end.
+
         Raises:
             KernelNotFoundError: a name is unknown.
         """
         for name in names:
             find(name)
-        before = STATE.named, STATE.named_by
-        _set_named(names, "KernelRegistry.forced")
+        handle = STATE.push(Naming(names, "KernelRegistry.forced"))
         try:
             yield
         finally:
-            _set_named(*before)
+            STATE.remove(handle)
 
 
-def _next_generation() -> None:
-    STATE.generation += 1
+def _set_user_kernels(kernels: tuple[BitKernelBase, ...]) -> None:
+    STATE.set_user_kernels(kernels)
     KernelRegistry.generation = STATE.generation
-    STATE.refresh()
 
 
-def _set_named(names: tuple[str, ...], named_by: str) -> None:
-    with STATE.lock:
-        STATE.named, STATE.named_by = names, named_by
-        STATE.refresh()
+def _device_type(device: str | torch.device) -> str:
+    try:
+        return torch.device(device).type
+    except (RuntimeError, TypeError):
+        raise KernelNotFoundError(f"no kernel runs on {device!r}: torch knows no such device") from None

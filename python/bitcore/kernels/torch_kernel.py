@@ -7,7 +7,8 @@ from bitcore.ops import _ops
 class TorchKernel(OperatorKernel):
     """Serves every device that has no native kernel, and checks all others. Its operations: `bitcore.ops._torch_ops`.
 
-    float32 activations are multiplied by torch's own float32 matmul, in the precision that torch is set to.
+    float32 activations are multiplied in float64 and the sums rounded once to float32: neither the number of rows nor
+    the precision that torch is set to for float32 matmul shows.
     """
 
     inference_op = staticmethod(_ops.torch_bitlinear)

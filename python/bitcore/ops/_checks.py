@@ -23,12 +23,16 @@ def require(condition: bool, message: str) -> None:
         raise QuantizationError(message)
 
 
+def described(value: object) -> str:
+    """`None`, or `a list`: what somebody gave instead of a tensor."""
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def given(situation: str = "", /, **arguments: object) -> None:
     """Every argument is a tensor. `situation` says why it is needed."""
     for name, value in arguments.items():
         if not isinstance(value, Tensor):
-            what = "None" if value is None else f"a {type(value).__name__}"
-            raise QuantizationError(f"{name} is {what}, expected a tensor{situation}")
+            raise QuantizationError(f"{name} is {described(value)}, expected a tensor{situation}")
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -52,9 +56,16 @@ def torch_kernel_only(kernel_name: str | None, device: torch.device) -> None:
         raise KernelNotFoundError(f"{kernel_name} does not run on {device.type}; TorchKernel does")
 
 
+def dense(name: str, tensor: Tensor) -> None:
+    """One block of strided memory: neither sparse nor nested."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise QuantizationError(f"{name} is a {kind} tensor, expected a dense one")
+
+
 def floating(name: str, tensor: Tensor) -> None:
     """A dense tensor of a dtype that quantization reads."""
-    require(tensor.layout == torch.strided, f"{name} is a {tensor.layout} tensor, expected a dense one")
+    dense(name, tensor)
     require(
         tensor.dtype in FLOATING, f"{name} has dtype {name_of(tensor.dtype)}, expected float32, bfloat16 or float16"
     )
@@ -62,7 +73,7 @@ def floating(name: str, tensor: Tensor) -> None:
 
 def codes(name: str, tensor: Tensor) -> None:
     """Dense int8 codes."""
-    require(tensor.layout == torch.strided, f"{name} is a {tensor.layout} tensor, expected a dense one")
+    dense(name, tensor)
     require(tensor.dtype == torch.int8, f"{name} has dtype {name_of(tensor.dtype)}, expected int8")
 
 
@@ -85,6 +96,7 @@ def same_device(x_name: str, x: Tensor, **others: Tensor | None) -> None:
 
 def weight_scale(name: str, scale: Tensor, out_features: int, per_channel: bool) -> None:
     """float32; any one element per tensor, (out_features,) or (out_features, 1) per channel."""
+    dense(name, scale)
     require(scale.dtype == torch.float32, f"{name} has dtype {name_of(scale.dtype)}, expected float32")
     shape = tuple(scale.shape)
     if per_channel:
@@ -101,6 +113,7 @@ def x_scale_shape(x: Tensor, per_channel: bool) -> list[int]:
 
 def x_scale(scale: Tensor, x: Tensor, per_channel: bool) -> None:
     """float32; any one element per tensor, (*, 1) per channel."""
+    dense("scale", scale)
     require(scale.dtype == torch.float32, f"scale has dtype {name_of(scale.dtype)}, expected float32")
     shape = tuple(scale.shape)
     if per_channel:
@@ -112,6 +125,7 @@ def x_scale(scale: Tensor, x: Tensor, per_channel: bool) -> None:
 
 def packed(qweight: Tensor, in_features: int) -> None:
     """A uint8 tensor of the size that packing gives."""
+    dense("qweight", qweight)
     require(qweight.dtype == torch.uint8, f"qweight has dtype {name_of(qweight.dtype)}, expected uint8")
     out_features, row_bytes = matrix("qweight", qweight)
     require(
@@ -126,18 +140,24 @@ def packed(qweight: Tensor, in_features: int) -> None:
     )
 
 
-def activations(x: Tensor) -> int:
+def activations(name: str, x: Tensor) -> int:
     """A floating x of rank 1 or more. Returns in_features."""
-    floating("x", x)
-    require(x.ndim >= 1, "x has 0 dimensions, expected at least 1")
+    floating(name, x)
+    require(x.ndim >= 1, f"{name} has 0 dimensions, expected at least 1")
     return x.shape[-1]
+
+
+def columns(name: str, x: Tensor) -> None:
+    """Rank 1 or more, and something in each row."""
+    require(x.ndim >= 1, f"{name} has 0 dimensions, expected at least 1")
+    require(x.shape[-1] >= 1, f"{name} has shape {tuple(x.shape)}, expected at least one column")
 
 
 def linear(
     x: Tensor, weight_name: str, out_features: int, in_features: int, bias: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[Sequence[int], torch.dtype]:
     """x, bias and out_dtype against a weight's sizes. Returns shape and dtype of y."""
-    features = activations(x)
+    features = activations("x", x)
     require(features == in_features, f"x has {features} features, {weight_name} expects {in_features}")
     if bias is not None:
         floating("bias", bias)
@@ -158,7 +178,8 @@ def inference(
 ) -> tuple[Sequence[int], torch.dtype]:
     """All tensors of an inference call. Returns shape and dtype of y."""
     same_device("x", x, qweight_scale=qweight_scale, qweight=qweight, bias=bias)
-    features = activations(x)
+    features = activations("x", x)
+    dense("qweight", qweight)
     require(
         qweight.dtype in (torch.uint8, torch.int8),
         f"qweight has dtype {name_of(qweight.dtype)}, expected uint8 (packed) or int8 (codes)",
@@ -169,6 +190,32 @@ def inference(
         in_features = features
     weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)
     return linear(x, "qweight", out_features, in_features, bias, out_dtype)
+
+
+def own_form(x: Tensor, bias: Tensor | None) -> Sequence[int | None]:
+    """An inference call whose qweight its kernel alone can read.
+
+    Returns y's shape; out_features is None where no bias tells it.
+    """
+    same_device("x", x, bias=bias)
+    activations("x", x)
+    if bias is not None:
+        floating("bias", bias)
+        require(bias.ndim == 1, f"bias has {bias.ndim} dimensions, expected 1")
+    return [*x.shape[:-1], None if bias is None else bias.shape[0]]
+
+
+def returned(kernel_name: str, y: object, x: Tensor, shape: Sequence[int | None]) -> Tensor:
+    """What a registered kernel returned: y, of x's dtype and on its device. A size that is None may be any."""
+    if not isinstance(y, Tensor):
+        raise QuantizationError(f"kernel {kernel_name} returned {described(y)}, expected a tensor")
+    expected = tuple(actual if size is None else size for actual, size in zip(y.shape, shape, strict=False))
+    if y.ndim != len(shape) or tuple(y.shape) != expected:
+        wanted_shape = tuple("out_features" if size is None else size for size in shape)
+        raise QuantizationError(f"kernel {kernel_name} returned y with shape {tuple(y.shape)}, expected {wanted_shape}")
+    for what, actual, wanted in (("dtype", y.dtype, x.dtype), ("device", y.device, x.device)):
+        require(actual == wanted, f"kernel {kernel_name} returned y with {what} {actual}, expected {wanted}")
+    return y
 
 
 def training(
@@ -200,15 +247,24 @@ def qweight_and_scale(qweight: Tensor, scale: Tensor, per_channel: bool) -> None
     weight_scale("scale", scale, matrix("qweight", qweight)[0], per_channel)
 
 
-def x_and_scale(x: Tensor, scale: Tensor, per_channel: bool) -> None:
+def x_of_scale(x: Tensor, int8_activations: bool) -> None:
+    """A floating x (*, K) to take a scale from."""
+    activations("x", x)
+    if int8_activations:
+        columns("x", x)
+
+
+def x_and_scale(x: Tensor, scale: Tensor, per_channel: bool, name: str = "x") -> None:
     """A floating x (*, K) and its scale."""
-    activations(x)
-    same_device("x", x, scale=scale)
+    floating(name, x)
+    columns(name, x)
+    same_device(name, x, scale=scale)
     x_scale(scale, x, per_channel)
 
 
 def qx_and_scale(qx: Tensor, scale: Tensor, per_channel: bool) -> None:
     """int8 codes (*, K) and their scale."""
     codes("qx", qx)
+    columns("qx", qx)
     same_device("qx", qx, scale=scale)
     x_scale(scale, qx, per_channel)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bitcore import _library
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
@@ -21,6 +22,7 @@ from bitcore.ops import _checks, _torch_ops
 
 _library.load()
 _lib = torch.library.Library("bitcore", "FRAGMENT")
+_lib.define("checked_scale(Tensor qweight_scale, Tensor qweight, int in_features) -> Tensor")
 _LAYER_PREFIXES = ("", "torch_")
 
 
@@ -36,7 +38,27 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
     try:
         return op(*args)
     except RuntimeError as error:
+        _refuse_nested(op, args)
         raise _documented(error) from None
+
+
+def _refuse_nested(op: Any, args: tuple[Any, ...]) -> None:
+    # Afterwards, because torch does not even reach an operator's own checks with a nested tensor.
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        if isinstance(value, Tensor):
+            _checks.dense(argument.name, value)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raises for a tensor with a tangent of forward-mode AD, which torch would drop silently.
+
+    Raises:
+        NotImplementedError
+    """
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError("bitlinear has no forward-mode derivative (jvp, dual numbers): use backward")
 
 
 def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any, *rest: Any) -> Any:
@@ -44,12 +66,26 @@ def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any
 
     That detour costs as much as the rest of a small layer; torch takes it for an operator with a gradient even where
     none is asked for.
+
+    Raises:
+        NotImplementedError: x or bias carries a tangent.
     """
+    refuse_tangents(x, bias)
     wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad))
     if wants_gradient or torch.compiler.is_compiling():
         return call(op, x, scale, qweight, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return call(op, x, scale, qweight, bias, *rest)
+
+
+def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
+    """Calls a training operator.
+
+    Raises:
+        NotImplementedError: x, weight or bias carries a tangent.
+    """
+    refuse_tangents(x, weight, bias)
+    return call(op, x, weight, bias, *rest)
 
 
 def _documented(error: RuntimeError) -> RuntimeError | BitLabError:
@@ -121,6 +157,7 @@ for _name in (
     "pack_weights",
     "unpack_weights",
     "check_qweight",
+    "checked_scale",
 ):
     _lib.impl(_name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
 for _prefix in _LAYER_PREFIXES:
@@ -167,7 +204,7 @@ def _(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
 
 @_fake("compute_x_scale")
 def _(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
-    _checks.activations(x)
+    _checks.x_of_scale(x, int8_activations)
     return x.new_empty(_checks.x_scale_shape(x, per_channel), dtype=torch.float32)
 
 
@@ -206,6 +243,12 @@ def _(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
 @_fake("check_qweight")
 def _(qweight: Tensor, in_features: int) -> None:
     _checks.packed(qweight, in_features)
+
+
+@_fake("checked_scale")
+def _(qweight_scale: Tensor, qweight: Tensor, in_features: int) -> Tensor:
+    _checks.packed(qweight, in_features)
+    return torch.empty_like(qweight_scale)
 
 
 @_fake("straight_through")
@@ -349,6 +392,7 @@ prepare_weights = torch.ops.bitcore.prepare_weights.default
 pack_weights = torch.ops.bitcore.pack_weights.default
 unpack_weights = torch.ops.bitcore.unpack_weights.default
 check_qweight = torch.ops.bitcore.check_qweight.default
+checked_scale = torch.ops.bitcore.checked_scale.default
 bitlinear = torch.ops.bitcore.bitlinear.default
 bitlinear_train = torch.ops.bitcore.bitlinear_train.default
 torch_bitlinear = torch.ops.bitcore.torch_bitlinear.default

@@ -64,7 +64,7 @@ def _divide(values: Tensor, divisor: int) -> Tensor:
 
 
 def compute_x_scale(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
-    _checks.activations(x)
+    _checks.x_of_scale(x, int8_activations)
     shape = _checks.x_scale_shape(x, per_channel)
     if not int8_activations:
         return torch.ones(shape, dtype=torch.float32, device=x.device)
@@ -149,6 +149,25 @@ def _invalid_code(codes: Tensor) -> Fault:
     return Fault(((codes < -1) | (codes > 1)).any(), "qweight holds a code that is not -1, 0 or 1")
 
 
+def _unusable_scale(scale: Tensor) -> Fault:
+    usable = (scale > 0) & scale.isfinite()
+    return Fault(~usable.all(), "qweight_scale holds a value that is not finite and positive")
+
+
+def _nan_where_found(faults: list[Fault], values: Tensor) -> Tensor:
+    """A copy of the values; all NaN where a fault is found, so that nothing synchronizes."""
+    return values.masked_fill(torch.stack([fault.found for fault in faults]).any(), torch.nan)
+
+
+def checked_scale(qweight_scale: Tensor, qweight: Tensor, in_features: int) -> Tensor:
+    """A copy of the scale after a check, in constant time for each row, of its values and of qweight's trailer."""
+    _checks.packed(qweight, in_features)
+    faults = [*packing.trailer_faults(qweight, in_features), _unusable_scale(qweight_scale)]
+    if qweight.device.type == "cpu":
+        raise_faults(faults)
+    return _nan_where_found(faults, qweight_scale)
+
+
 # ---- the linear layer ------------------------------------------------------------------------------------------------
 
 
@@ -169,13 +188,12 @@ def bitlinear(
         codes, faults = qweight, [_invalid_code(qweight)]
     else:
         codes, faults = packing.unpack(qweight, x.shape[-1])
-    usable = (qweight_scale > 0) & qweight_scale.isfinite()
-    faults.append(Fault(~usable.all(), "qweight_scale holds a value that is not finite and positive"))
+    faults.append(_unusable_scale(qweight_scale))
     if x.device.type == "cpu":
         raise_faults(faults)
     qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
     y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel)
-    return y.masked_fill(torch.stack([fault.found for fault in faults]).any(), torch.nan).to(dtype)
+    return _nan_where_found(faults, y).to(dtype)
 
 
 def bitlinear_train(

@@ -56,16 +56,24 @@ def pack(codes: Tensor) -> Tensor:
 def unpack(qweight: Tensor, in_features: int) -> tuple[Tensor, list[Fault]]:
     """Inverse of pack: codes int8 (N, K), with what a kernel's own reading finds wrong: trailer and codes."""
     out_features = qweight.shape[0]
-    payload, trailer = _split(qweight, in_features)
+    payload, _ = _split(qweight, in_features)
     fields = (_deinterleave(payload, out_features).unsqueeze(2) >> _field_shifts(qweight)) & 3
     codes = fields.view(out_features, -1)[:, :in_features].to(torch.int8) - 1
-    words = _words(trailer[:_HEADER_BYTES])
     return codes, [
+        *trailer_faults(qweight, in_features),
+        Fault((fields == 3).any(), "qweight holds an invalid code"),
+    ]
+
+
+def trailer_faults(qweight: Tensor, in_features: int) -> list[Fault]:
+    """What the trailer says against reading qweight as (N, in_features), in constant time."""
+    out_features = qweight.shape[0]
+    words = _words(_split(qweight, in_features)[1][:_HEADER_BYTES])
+    return [
         Fault(words[0] != _MAGIC, "qweight has no trailer of a packed weight"),
         Fault(words[1] != _VERSION_AND_LAYOUT, "qweight has a trailer of an unknown version or layout"),
         Fault(words[2] != out_features, f"qweight has {out_features} rows, its trailer says {{}}", words[2]),
         Fault(words[3] != in_features, f"qweight was packed for {{}} in_features, not {in_features}", words[3]),
-        Fault((fields == 3).any(), "qweight holds an invalid code"),
     ]
 
 

@@ -5,7 +5,6 @@ widened to float32 first. All functions take tensors on any device and raise Qua
 device that does not fit.
 """
 
-import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig, require_config
@@ -109,23 +108,24 @@ def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor
         quant_config: Its activation_dtype and activation_granularity.
 
     Returns:
-        int8 of x's shape; x itself where activations are float32.
+        int8 of x's shape; where activations are float32 x itself, detached if it requires a gradient.
 
     Raises:
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
     _, int8_activations, per_channel = require_config(quant_config).flags
-    if not int8_activations:
-        return x
     _checks.given(x=x, scale=scale)
+    if not int8_activations:
+        _checks.x_and_scale(x, scale, per_channel)
+        return x.detach() if x.requires_grad else x
     return _ops.call(_ops.quantize_x, x, scale, per_channel)
 
 
 def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor:
-    """`qx * scale`; int8 codes carry no gradient.
+    """`qx * scale`. Carries no gradient.
 
     Args:
-        qx: int8 (*, in_features), or floating where activations are float32.
+        qx: int8 (*, in_features); float32, bfloat16 or float16 where activations are float32.
         scale: As in quantize_x.
         quant_config: Its activation_dtype and activation_granularity.
 
@@ -136,10 +136,11 @@ def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Ten
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
     _, int8_activations, per_channel = require_config(quant_config).flags
-    _checks.given(qx=qx, scale=scale)
+    qx, scale = _ops.detached("qx", qx), _ops.detached("scale", scale)
     if not int8_activations:
-        return qx.to(torch.float32) * scale
-    return _ops.call(_ops.dequantize_x, qx, _ops.detached("scale", scale), per_channel)
+        _checks.x_and_scale(qx, scale, per_channel, name="qx")
+        return qx.float() * (scale if per_channel else scale.reshape(()))
+    return _ops.call(_ops.dequantize_x, qx, scale, per_channel)
 
 
 def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
@@ -154,7 +155,9 @@ def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
 
     Raises:
         QuantizationError: wrong rank or dtype.
+        NotImplementedError: weight carries a tangent of forward-mode AD.
     """
+    _ops.refuse_tangents(weight)
     scale = compute_weight_scale(weight, config)
     codes = quantize_weight(weight, scale, config)
     return _ops.call(_ops.attach_gradient, dequantize_weight(codes, scale, config), weight)
@@ -172,8 +175,10 @@ def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
 
     Raises:
         QuantizationError: wrong rank or dtype.
+        NotImplementedError: x carries a tangent of forward-mode AD, and activations are int8.
     """
-    if require_config(config).activation_dtype == "float32":
-        return x
     scale = compute_x_scale(x, config)
+    if config.activation_dtype == "float32":
+        return x
+    _ops.refuse_tangents(x)
     return _ops.call(_ops.attach_gradient, dequantize_x(quantize_x(x, scale, config), scale, config), x)

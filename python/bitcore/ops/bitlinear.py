@@ -1,5 +1,6 @@
 """The ternary linear layer: prepare_weights and forward."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 
 import torch
@@ -44,7 +45,7 @@ def prepare_weights(weight: Tensor, config: BitQuantConfig, layout: str = "auto"
     if STATE.token:
         kernel = candidates(config, weight.device.type)[0]
         if not kernel.has_standard_form() and not _inside_own_form.get():
-            return _prepare_own_form(kernel, weight, config)
+            return _require_accepted(kernel, *_prepare_own_form(kernel, weight, config))
     return _ops.call(_ops.prepare_weights, weight, per_channel, layout)
 
 
@@ -64,6 +65,9 @@ def forward(
     device and thread count returns the same bits. With activation_granularity "per_tensor" a row's result depends on
     the rest of its batch; with "per_channel" on that row alone.
 
+    Only backward differentiates it: forward-mode AD is refused, and the transforms of torch.func (grad, jvp, vmap and
+    the others) are not supported.
+
     Args:
         x: (*, in_features), float32, bfloat16 or float16; also 1-D, also without rows.
         weight: Training: (out_features, in_features), float32, bfloat16 or float16.
@@ -81,13 +85,14 @@ def forward(
         QuantizationError: a needed argument is None; shapes, dtypes or devices that do not fit; in inference on a CPU
             also a damaged qweight or a scale that is not finite and positive (elsewhere: every output is NaN).
         KernelNotFoundError: kernels are named and none of them covers the config.
+        NotImplementedError: x, weight or bias carries a tangent of forward-mode AD.
     """
     flags = require_config(quant_config).flags
     if STATE.token:
         return _forward_registered(x, weight, qweight_scale, qweight, bias, require_config(quant_config), training)
     if training:
         _checks.given(" (training=True)", x=x, weight=weight)
-        return _ops.call(_ops.bitlinear_train, x, weight, bias, *flags, _ops.autocast_dtype(x))[0]
+        return _ops.train(_ops.bitlinear_train, x, weight, bias, *flags, _ops.autocast_dtype(x))[0]
     _checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
     return _ops.infer(_ops.bitlinear, x, qweight_scale, qweight, bias, *flags, _ops.autocast_dtype(x))
 
@@ -112,8 +117,7 @@ def _forward_registered(
             return kernel.train(x, weight, bias, config)
         if kernel.has_standard_form():
             return _train_standard_form(kernel, x, weight, bias, config)
-        own_scale, own_qweight = _prepare_own_form(kernel, weight, config)
-        return _require_gradient(kernel, kernel(x, own_scale, own_qweight, bias, config), x, weight, bias)
+        return _train_own_form(kernel, x, weight, bias, config)
     _checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
     assert qweight_scale is not None
     assert qweight is not None
@@ -122,52 +126,93 @@ def _forward_registered(
         return kernel(x, qweight_scale, qweight, bias, config)
     if kernel.has_standard_form():
         return _infer_standard_form(kernel, x, qweight_scale, qweight, bias, config)
-    return _require_gradient(kernel, kernel(x, qweight_scale, qweight, bias, config), x, bias)
+    return _infer_own_form(kernel, x, qweight_scale, qweight, bias, config)
 
 
 def _prepare_own_form(kernel: BitKernelBase, weight: Tensor, config: BitQuantConfig) -> tuple[Tensor, Tensor]:
     token = _inside_own_form.set(True)
     try:
-        return kernel.prepare_weights(weight, config)
+        prepared: object = kernel.prepare_weights(weight, config)
     finally:
         _inside_own_form.reset(token)
+    if isinstance(prepared, tuple) and [isinstance(part, Tensor) for part in prepared] == [True, True]:
+        scale, qweight = prepared
+        return scale, qweight
+    what = prepared if isinstance(prepared, tuple) else (prepared,)
+    parts = ", ".join(_checks.described(part) for part in what)
+    raise QuantizationError(f"kernel {kernel.name}: prepare_weights returned {parts}, expected two tensors")
+
+
+def _train_own_form(
+    kernel: BitKernelBase, x: Tensor, weight: Tensor, bias: Tensor | None, config: BitQuantConfig
+) -> Tensor:
+    out_dtype = _ops.autocast_dtype(x)
+    shape, _ = _checks.training(x, weight, bias, out_dtype)
+    y = _call(kernel, x, *_prepare_own_form(kernel, weight, config), bias, config, shape, out_dtype)
+    return _require_gradient(kernel, y, x, weight, bias)
+
+
+def _infer_own_form(
+    kernel: BitKernelBase, x: Tensor, scale: Tensor, qweight: Tensor, bias: Tensor | None, config: BitQuantConfig
+) -> Tensor:
+    shape = _checks.own_form(x, bias)
+    return _require_gradient(
+        kernel, _call(kernel, x, scale, qweight, bias, config, shape, _ops.autocast_dtype(x)), x, bias
+    )
 
 
 def _train_standard_form(
     kernel: BitKernelBase, x: Tensor, weight: Tensor, bias: Tensor | None, config: BitQuantConfig
 ) -> Tensor:
-    dtype = _ops.autocast_dtype(x)
-    source, _, _, qweight, scale = _ops.call(_ops.torch_bitlinear_train, x, weight, bias, *config.flags, dtype)
-    return _ops.attach_gradient(_value(kernel, x, scale, qweight, bias, config, dtype), source)
+    out_dtype = _ops.autocast_dtype(x)
+    source, _, _, qweight, scale = _ops.train(_ops.torch_bitlinear_train, x, weight, bias, *config.flags, out_dtype)
+    with torch.no_grad():
+        value = _call(kernel, x, scale, qweight, bias, config, source.shape, out_dtype)
+    return _ops.attach_gradient(value, source)
 
 
 def _infer_standard_form(
     kernel: BitKernelBase, x: Tensor, scale: Tensor, qweight: Tensor, bias: Tensor | None, config: BitQuantConfig
 ) -> Tensor:
-    dtype = _ops.autocast_dtype(x)
-    _checks.inference(x, scale, qweight, bias, config.flags[0], dtype)
+    _ops.refuse_tangents(x, bias)
+    out_dtype = _ops.autocast_dtype(x)
+    shape, _ = _checks.inference(x, scale, qweight, bias, config.flags[0], out_dtype)
     packed = qweight if qweight.dtype == torch.uint8 else pack_weights(qweight)
-    value = _value(kernel, x, scale, packed, bias, config, dtype)
+    scale = _ops.call(_ops.checked_scale, scale.detach(), packed, x.shape[-1])
+    with torch.no_grad():
+        value = _call(kernel, x, scale, packed, bias, config, shape, out_dtype)
     if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
         return value
-    source = _ops.call(_ops.torch_bitlinear, x, scale, packed, bias, *config.flags, dtype)
+    source = _ops.call(_ops.torch_bitlinear, x, scale, packed, bias, *config.flags, out_dtype)
     return _ops.attach_gradient(value, source)
 
 
-def _value(
+def _call(
     kernel: BitKernelBase,
     x: Tensor,
     scale: Tensor,
     qweight: Tensor,
     bias: Tensor | None,
     config: BitQuantConfig,
-    dtype: torch.dtype | None,
+    shape: Sequence[int | None],
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """What the kernel returns, without a graph, rounded once to the autocast dtype where there is one."""
-    with torch.no_grad(), _ops.autocast_off(x.device.type):
-        if dtype is None:
-            return kernel(x, scale, qweight, bias, config)
-        return kernel(x.float(), scale, qweight, bias, config).to(dtype)
+    """What the kernel returns, checked; rounded once to the autocast dtype where there is one."""
+    if out_dtype is not None:
+        x = x.float()
+    with _ops.autocast_off(x.device.type):
+        y = _checks.returned(kernel.name, kernel(x, scale, qweight, bias, config), x, shape)
+    return y if out_dtype is None else y.to(out_dtype)
+
+
+def _require_accepted(kernel: BitKernelBase, scale: Tensor, qweight: Tensor) -> tuple[Tensor, Tensor]:
+    """A kernel must take what it prepared: forward would hand it to another one otherwise."""
+    if not kernel.accepts(qweight):
+        raise QuantizationError(
+            f"kernel {kernel.name} prepared a qweight of dtype {qweight.dtype} and shape {tuple(qweight.shape)} "
+            "that it does not accept: override accepts"
+        )
+    return scale, qweight
 
 
 def _require_gradient(kernel: BitKernelBase, y: Tensor, *inputs: Tensor | None) -> Tensor:
