@@ -1,4 +1,4 @@
-# Everything from one command on a bare Debian 12: `make demo`, `make test`.
+# Everything from one command on a bare Debian 12: `make demo`, `make test`. `make` alone prints this.
 #
 #   make demo     trains, packs, saves and runs a ternary network; checks every claim; draws demo-output/demo.png
 #   make test     the C++ and the Python tests
@@ -16,8 +16,11 @@ DONE := $(VENV)/.done
 BUILD := build
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
-.PHONY: demo test setup build lint format wheel clean
+.PHONY: help demo test setup build lint format wheel clean
 .DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 demo: setup
 	$(BIN)/bitlab demo --output demo-output

@@ -43,7 +43,8 @@ using bitcore::SafetensorsFile;
 
 // --- threads ---------------------------------------------------------------------------------------------------------
 
-// The engine never creates a thread: a program brings its own, here new ones for every call.
+// Without an executor the engine uses default_executor(). A program can bring its own threads instead, as this one
+// does: new ones for every call.
 class ThreadExecutor final : public bitcore::Executor {
  public:
   explicit ThreadExecutor(int threads) : threads_(threads) {}
@@ -104,6 +105,12 @@ std::int64_t metadata_count(const SafetensorsFile& file, const std::string& key)
   return parse_count(metadata(file, key), key);
 }
 
+bool metadata_flag(const SafetensorsFile& file, const std::string& key) {
+  const std::string& text = metadata(file, key);
+  if (text != "true" && text != "false") fail(key + " is \"" + text + "\", expected \"true\" or \"false\"");
+  return text == "true";
+}
+
 bitcore::BitQuantConfig read_quant_config(const SafetensorsFile& file) {
   const auto granularity = [&](const std::string& key) {
     return bitcore::parse_granularity(metadata(file, "quant_config." + key), key);
@@ -120,11 +127,47 @@ void require_rows(const std::string& name, std::int64_t rows, std::int64_t expec
   }
 }
 
+constexpr std::uint32_t kInfinity32 = 0x7f800000u;
+
+constexpr std::uint16_t infinity16(DType dtype) { return dtype == DType::bfloat16 ? 0x7f80u : 0x7c00u; }
+
+// Whether no value has all the bits of `infinity`, as Inf and NaN have. The values need not be aligned.
+template <class Bits>
+bool is_finite(const void* values, std::int64_t count, Bits infinity) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    Bits value;
+    std::memcpy(&value, static_cast<const std::byte*>(values) + static_cast<std::size_t>(i) * sizeof(Bits),
+                sizeof(Bits));
+    if ((value & infinity) == infinity) return false;
+  }
+  return true;
+}
+
+bool is_finite(const ConstVectorView& values) {
+  return values.dtype == DType::float32 ? is_finite(values.data, values.size, kInfinity32)
+                                        : is_finite(values.data, values.size, infinity16(values.dtype));
+}
+
+ConstVectorView load_bias(const SafetensorsFile& file, const std::string& prefix, std::int64_t out_features) {
+  const ConstVectorView bias = file.tensor(prefix + "bias").vector();
+  require_rows(prefix + "bias", bias.size, out_features);
+  if (!is_finite(bias)) fail(prefix + "bias holds NaN or infinity");
+  return bias;
+}
+
+std::vector<float> load_scale(const SafetensorsFile& file, const std::string& prefix) {
+  std::vector<float> scale = file.tensor(prefix + "qweight_scale").floats();
+  if (!std::ranges::all_of(scale, [](float value) { return std::isfinite(value) && value > 0; })) {
+    fail(prefix + "qweight_scale holds a scale that is not finite and positive");
+  }
+  return scale;
+}
+
 void load_deployed(const SafetensorsFile& file, const std::string& prefix, Layer& layer) {
   layer.qweight = file.tensor(prefix + "qweight").matrix();
   require_rows(prefix + "qweight", layer.qweight.rows, layer.out_features);
   bitcore::check_qweight(layer.qweight, layer.in_features);
-  layer.qweight_scale = file.tensor(prefix + "qweight_scale").floats();
+  layer.qweight_scale = load_scale(file, prefix);
 }
 
 void load_trainable(const SafetensorsFile& file, const std::string& prefix, const bitcore::BitQuantConfig& config,
@@ -151,7 +194,7 @@ Layer load_layer(const SafetensorsFile& file, std::int64_t index, std::int64_t i
   } else {
     load_trainable(file, prefix, config, layer);
   }
-  if (metadata(file, "bias") == "true") layer.bias = file.tensor(prefix + "bias").vector();
+  if (metadata_flag(file, "bias")) layer.bias = load_bias(file, prefix, out_features);
   return layer;
 }
 
@@ -190,7 +233,7 @@ class Matrix {
   MatrixView view_;
 };
 
-// A value above zero and a NaN stay; all else becomes zero. `exponent` has the bits that are all set in Inf and NaN.
+// A value above zero and a NaN stay; all else becomes zero. `infinity`: the bits of +Inf.
 template <class Bits>
 void relu(Bits* values, std::size_t count, Bits sign, Bits infinity) {
   for (std::size_t i = 0; i < count; ++i) {
@@ -202,10 +245,9 @@ void relu(Bits* values, std::size_t count, Bits sign, Bits infinity) {
 void relu(const MatrixView& x) {
   const auto count = static_cast<std::size_t>(x.rows * x.cols);
   if (x.dtype == DType::float32) {
-    relu<std::uint32_t>(static_cast<std::uint32_t*>(x.data), count, 0x80000000u, 0x7f800000u);
+    relu<std::uint32_t>(static_cast<std::uint32_t*>(x.data), count, 0x80000000u, kInfinity32);
   } else {
-    relu<std::uint16_t>(static_cast<std::uint16_t*>(x.data), count, 0x8000u,
-                        x.dtype == DType::bfloat16 ? 0x7f80u : 0x7c00u);
+    relu<std::uint16_t>(static_cast<std::uint16_t*>(x.data), count, 0x8000u, infinity16(x.dtype));
   }
 }
 
@@ -255,6 +297,8 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
       arguments.threads = static_cast<int>(std::min<std::int64_t>(parse_count(words[++i], "--threads"), 1024));
     } else if (words[i] == "--kernel") {
       arguments.kernel = words[++i];
+    } else if (words[i].starts_with("--")) {
+      fail("unknown option " + words[i] + "\n" + std::string(kUsage));
     } else {
       arguments.paths.push_back(words[i]);
     }

@@ -1,18 +1,24 @@
 """`BitLinear`: `nn.Linear` with ternary weights, from the first training step to deployment."""
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from bitcore.config import BitQuantConfig
+from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels.registry import STATE, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
+from bitlayers import optimizer_steps
 from bitlayers.init import InitMethod, find_init_method
 from bitlayers.weight_gradient import attach_weight_gradient
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+optimizer_steps.count_as_changes()
 
 
 class _PackedCopy(NamedTuple):
@@ -47,8 +53,8 @@ class BitLinear(nn.Linear):
       activations and gives gradients by the straight-through estimator. In evaluation mode it computes from a packed
       copy of the weight, with the same bits (int8 activations) and the same gradients. The copy is made at the first
       evaluation, dropped by `train()` and `load_state_dict()`, remade when the weight or `quant_config` was replaced
-      or changed, and never saved. A change that autograd cannot see, in place through `weight.data`, needs a `train()`
-      to take effect.
+      or changed (by an optimizer's step, too), and never saved. A change that autograd cannot see, in place through
+      `weight.data`, needs a `train()` to take effect.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
       (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and cannot be trained any more;
       x and bias still receive gradients.
@@ -74,7 +80,7 @@ class BitLinear(nn.Linear):
         quant_config: May be replaced; once deployed `weight_granularity` has to stay.
 
     Raises:
-        QuantizationError: a size below 1, an unknown `init_method`, no BitQuantConfig.
+        QuantizationError: a size that is no integer or below 1, an unknown `init_method`, no BitQuantConfig.
     """
 
     qweight: Tensor | None
@@ -94,14 +100,21 @@ class BitLinear(nn.Linear):
         _require_sizes(in_features, out_features)
         self.init_method = init_method  # nn.Linear's constructor calls reset_parameters().
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.quant_config = _require_config(quant_config)
+        self.quant_config = require_config(BitQuantConfig() if quant_config is None else quant_config)
         self.register_buffer("qweight", None)
         self.register_buffer("qweight_scale", None)
         self._packed: _PackedCopy | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quant_config: BitQuantConfig | None = None) -> Self:
-        """A BitLinear that shares the parameters (not copies of them), mode and sizes of an `nn.Linear`."""
+        """A BitLinear that shares the parameters (not copies of them), mode and sizes of an `nn.Linear`.
+
+        Raises:
+            QuantizationError: its parameters are not its own but computed (pruning, `weight_norm`), or of another
+                dtype than float32, bfloat16 and float16; it has hooks, which the new layer would not have: register
+                them afterwards.
+        """
+        _require_plain(linear)
         layer = cls(
             linear.in_features, linear.out_features, linear.bias is not None, quant_config=quant_config, device="meta"
         )
@@ -113,10 +126,16 @@ class BitLinear(nn.Linear):
     @property
     def is_deployed(self) -> bool:
         """Whether the layer holds packed weights only."""
-        return self.qweight is not None
+        return self._buffers.get("qweight") is not None  # nn.Linear's constructor asks before there is a buffer.
 
     def reset_parameters(self) -> None:
-        """Initializes weight and bias anew."""
+        """Initializes weight and bias anew.
+
+        Raises:
+            QuantizationError: the layer is deployed: its float weight is gone.
+        """
+        if self.is_deployed:
+            raise QuantizationError("reset_parameters: the layer is deployed and has no float weight to initialize")
         super().reset_parameters()
         if self.init_method != "kaiming_uniform":
             with torch.no_grad():
@@ -165,11 +184,14 @@ class BitLinear(nn.Linear):
             raise QuantizationError("deploy: weight is parametrized; remove the parametrization first")
         # Any kernel of the standard form: what is saved must not depend on the kernels that are registered here.
         kernel = KernelRegistry.get_kernel_by_name("TorchKernel", self.quant_config)
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             return kernel.prepare_weights(self.weight, self.quant_config)
 
     def train(self, mode: bool = True) -> Self:
         """Sets training or evaluation mode.
+
+        Inside another module it is called for one child after another: where a deployed layer raises, the module and
+        the children before it have changed mode already; `eval()` of the whole sets them right.
 
         Raises:
             QuantizationError: training of a deployed layer: its float weight is gone.
@@ -240,6 +262,8 @@ class BitLinear(nn.Linear):
     ) -> None:
         """Takes the state that is loaded, deployed or trainable, after a look at every byte of it."""
         self._packed = None
+        if self.bias is not None and (bias := state_dict.get(prefix + "bias")) is not None:
+            _check_values(prefix + "bias", bias)
         found = {name: state_dict.get(prefix + name) for name in ("weight", "qweight", "qweight_scale")}
         if found["qweight"] is not None or found["qweight_scale"] is not None:
             self._expect_deployed_state(prefix, found)
@@ -260,16 +284,17 @@ class BitLinear(nn.Linear):
         if not self.is_deployed:
             device = self.weight.device
             shape = _scale_shape(self.out_features, self.quant_config)
-            self._become_deployed(torch.ones(shape, device=device), torch.empty_like(qweight, device=device))
+            with torch.inference_mode(False):  # Autograd may have to save them.
+                self._become_deployed(torch.ones(shape, device=device), torch.empty_like(qweight, device=device))
 
     def _expect_trainable_state(self, prefix: str, weight: Tensor) -> None:
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
-            raise QuantizationError(f"{prefix}weight holds NaN or infinity")
+        _check_values(prefix + "weight", weight)
         if self.qweight is not None:
             shape = (self.out_features, self.in_features)
             if tuple(weight.shape) != shape:
                 raise QuantizationError(f"{prefix}weight has shape {tuple(weight.shape)}, expected {shape}")
-            self._become_trainable(torch.empty_like(weight, device=self.qweight.device))
+            with torch.inference_mode(False):
+                self._become_trainable(torch.empty_like(weight, device=self.qweight.device))
 
     def _check_qweight(self, name: str, qweight: Tensor) -> None:
         if qweight.ndim != 2 or qweight.shape[0] != self.out_features:
@@ -284,8 +309,7 @@ class BitLinear(nn.Linear):
         shape = tuple(scale.shape)
         if shape != expected and not (expected == () and shape == (1,)):
             raise QuantizationError(f"{name} has shape {shape}, expected {expected}: weight_granularity={granularity}")
-        if not scale.is_floating_point():
-            raise QuantizationError(f"{name} has dtype {scale.dtype}, expected torch.float32")
+        _check_dtype(name, scale)
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise QuantizationError(f"{name} holds a scale that is not finite and positive")
 
@@ -300,17 +324,32 @@ def _prepare(weight: Tensor, config: BitQuantConfig) -> tuple[Tensor, Tensor]:
         return bitlinear.prepare_weights(weight, config)
 
 
-def _require_sizes(in_features: int, out_features: int) -> None:
+def _require_plain(linear: nn.Linear) -> None:
+    """Refuses a layer that does more than its parameters say."""
+    if not {"weight", "bias"} <= linear._parameters.keys():
+        raise QuantizationError("weight or bias is computed from other parameters (pruning, weight_norm); remove that")
+    hooks = [name.strip("_") for name, value in vars(linear).items() if "hooks" in name and value]
+    if hooks:
+        raise QuantizationError(f"the layer has {', '.join(hooks)}; remove them and register them on the new layer")
+    for name, parameter in linear.named_parameters(recurse=False):
+        _check_dtype(name, parameter)
+
+
+def _require_sizes(in_features: object, out_features: object) -> None:
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size < 1:
-            raise QuantizationError(f"{name} is {size}, expected at least 1")
+        if not isinstance(size, Integral) or int(size) < 1:
+            raise QuantizationError(f"{name} is {size!r}, expected an integer of at least 1")
 
 
-def _require_config(quant_config: BitQuantConfig | None) -> BitQuantConfig:
-    config = BitQuantConfig() if quant_config is None else quant_config
-    if not isinstance(config, BitQuantConfig):
-        raise QuantizationError(f"quant_config is {config!r}, expected a BitQuantConfig")
-    return config
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise QuantizationError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    _check_dtype(name, tensor)
+    if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+        raise QuantizationError(f"{name} holds NaN or infinity")
 
 
 def _scale_shape(out_features: int, config: BitQuantConfig) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Whole models: from `nn.Linear` to `BitLinear`, and from float weights to packed ones."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
 
 from torch import nn
 
@@ -12,7 +13,9 @@ from bitlayers.bitlinear import BitLinear
 def convert(model: nn.Module, quant_config: BitQuantConfig | None = None, skip: Collection[str] = ()) -> nn.Module:
     """Replaces every `nn.Linear` in a model by a `BitLinear` with the same parameters, in place.
 
-    Parameters are shared, not copied, so that an optimizer keeps working. Subclasses of `nn.Linear` stay as they are.
+    Parameters are shared, not copied, so that an optimizer keeps working. Subclasses of `nn.Linear` stay as they are;
+    `nn.MultiheadAttention` has nothing else, and so stays float. `nn.TransformerEncoderLayer` and
+    `nn.TransformerEncoder` lose torch's fast path of evaluation, which reads the float weights past their layers.
 
     Args:
         model: Any module; it is changed.
@@ -24,35 +27,61 @@ def convert(model: nn.Module, quant_config: BitQuantConfig | None = None, skip: 
         `model`, or the new layer where `model` itself is an `nn.Linear`.
 
     Raises:
-        QuantizationError: a name in `skip` does not exist in the model.
+        QuantizationError: a name in `skip` does not exist in the model; a layer cannot be replaced (see
+            `BitLinear.from_linear`; its name is given). Then nothing has changed.
     """
     unknown = set(skip) - {name for name, _ in model.named_modules()}
     if unknown:
         raise QuantizationError(f"skip names {sorted(unknown)}, which the model does not have")
     if type(model) is nn.Linear:
         return BitLinear.from_linear(model, quant_config)
+    places = list(_places(model, "", frozenset(skip)))
     replacements: dict[nn.Module, BitLinear] = {}  # A layer used in two places stays one layer.
-    _convert_children(model, "", quant_config, frozenset(skip), replacements)
+    for place in places:
+        if place.linear not in replacements:
+            replacements[place.linear] = _replacement(place, quant_config)
+    for place in places:
+        setattr(place.parent, place.name, replacements[place.linear])
+    _leave_fast_paths(model)
     return model
 
 
-def _convert_children(
-    module: nn.Module,
-    prefix: str,
-    quant_config: BitQuantConfig | None,
-    skip: frozenset[str],
-    replacements: dict[nn.Module, BitLinear],
-) -> None:
+class _Place(NamedTuple):
+    """Where a model holds an `nn.Linear`."""
+
+    parent: nn.Module
+    name: str
+    path: str
+    linear: nn.Linear
+
+
+def _places(module: nn.Module, prefix: str, skip: frozenset[str]) -> Iterator[_Place]:
     for name, child in module._modules.items():
         path = f"{prefix}{name}"
         if child is None or path in skip:
             continue
         if type(child) is nn.Linear:
-            if child not in replacements:
-                replacements[child] = BitLinear.from_linear(child, quant_config)
-            setattr(module, name, replacements[child])
+            yield _Place(module, name, path, child)
         else:
-            _convert_children(child, f"{path}.", quant_config, skip, replacements)
+            yield from _places(child, f"{path}.", skip)
+
+
+def _replacement(place: _Place, quant_config: BitQuantConfig | None) -> BitLinear:
+    try:
+        return BitLinear.from_linear(place.linear, quant_config)
+    except QuantizationError as error:
+        raise QuantizationError(f"{place.path}: {error}") from error
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Keeps torch's encoders from computing with the float weights of ternary layers."""
+    for module in model.modules():
+        if not any(isinstance(part, BitLinear) for part in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # "Neither", which has no fast path.
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def deploy(model: nn.Module) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig
+from bitcore.ops._ops import autocast_off
 from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
 
 
@@ -52,7 +53,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _dweight(ctx: Any, dy: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    with torch.autocast(dy.device.type, enabled=False):
+    with autocast_off(dy.device.type):
         rows = _dequantized(x, ctx.config).reshape(-1, x.shape[-1])
         return (dy.float().reshape(-1, dy.shape[-1]).t() @ rows).to(ctx.weight_dtype)
 

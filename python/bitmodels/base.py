@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
@@ -19,7 +21,7 @@ __all__ = ["BitModelBase", "BitModelConfig"]
 
 class BitModelBase(nn.Module):
     """Base class of models. A subclass sets `config_class`, is decorated with `register_model`, and is built from its
-    config alone.
+    config alone, on the meta device too: there `from_pretrained` learns whether a file fits before it takes memory.
 
     Args:
         config: An instance of `config_class`.
@@ -77,7 +79,7 @@ class BitModelBase(nn.Module):
             raise QuantizationError(f"{type(self).__name__} has no model_type; decorate it with register_model")
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        write_tensors(directory / MODEL_FILE, self.state_dict(), self._metadata())
+        write_tensors(directory / MODEL_FILE, self.state_dict(), self._metadata(self.config))
         text = json.dumps({MODEL_TYPE: self.model_type, **self.config.to_dict()}, indent=2) + "\n"
         write_text(directory / CONFIG_FILE, text)
 
@@ -95,11 +97,15 @@ class BitModelBase(nn.Module):
                 names the file and both values.
         """
         directory = Path(directory)
-        model = cls(cls._read_config(directory))
+        config = cls._read_config(directory)
         path = directory / MODEL_FILE
         tensors, metadata = read_tensors(path)
-        model._check_metadata(path, metadata)
+        cls._check_metadata(path, metadata, config)
+        model = cls._build_on_meta(directory / CONFIG_FILE, config)
         model._load(path, tensors)
+        if _has_meta_tensors(model):  # Of tensors that no file holds, such as non-persistent buffers.
+            model = cls(config)
+            model._load(path, tensors)
         return model.eval()
 
     @classmethod
@@ -110,15 +116,26 @@ class BitModelBase(nn.Module):
             raise QuantizationError(f'{path}: model_type is "{model_type}", expected "{cls.model_type}"')
         try:
             return cls.config_class.from_dict(values)
-        except QuantizationError as error:
+        except (QuantizationError, RecursionError) as error:
             raise QuantizationError(f"{path}: {error}") from error
 
-    def _metadata(self) -> dict[str, str]:
-        return {"format": "pt", MODEL_TYPE: self.model_type, **self.config.to_metadata()}
+    @classmethod
+    def _build_on_meta(cls, path: Path, config: BitModelConfig) -> Self:
+        """The model without memory for its tensors."""
+        try:
+            with torch.device("meta"):
+                return cls(config)
+        except (RuntimeError, TypeError, OverflowError) as error:  # torch: sizes that no tensor can have.
+            raise QuantizationError(f"{path}: {cls.__name__} cannot be built: {error}") from error
 
-    def _check_metadata(self, path: Path, metadata: dict[str, str]) -> None:
+    @classmethod
+    def _metadata(cls, config: BitModelConfig) -> dict[str, str]:
+        return {"format": "pt", MODEL_TYPE: cls.model_type, **config.to_metadata()}
+
+    @classmethod
+    def _check_metadata(cls, path: Path, metadata: dict[str, str], config: BitModelConfig) -> None:
         """The config that the weights were saved with against ours. Files by other hands may have no metadata."""
-        for name, expected in self._metadata().items():
+        for name, expected in cls._metadata(config).items():
             found = metadata.get(name, expected)
             if found != expected:
                 raise QuantizationError(f"{path}: saved with {name}={found}, {CONFIG_FILE} says {name}={expected}")
@@ -128,3 +145,10 @@ class BitModelBase(nn.Module):
             self.load_state_dict(tensors, assign=True)
         except (QuantizationError, RuntimeError) as error:  # torch: a missing, unknown or misshapen tensor.
             raise QuantizationError(f"{path}: {error}") from error
+
+
+def _has_meta_tensors(model: nn.Module) -> bool:
+    """Whether a parameter, a buffer or a plain attribute of a module has no memory."""
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    held = chain(model.parameters(), model.buffers(), attributes)
+    return any(isinstance(value, Tensor) and value.is_meta for value in held)

@@ -90,7 +90,7 @@ def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
     path = directory / CONFIG_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise QuantizationError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get(MODEL_TYPE), str):
         raise QuantizationError(f'{path}: expected a JSON object with a "{MODEL_TYPE}"')

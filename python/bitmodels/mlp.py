@@ -43,7 +43,7 @@ class BitMLPConfig(BitModelConfig):
         super().__post_init__()
         for name in ("n_layers", "in_channels", "hidden_dim", "out_channels"):
             require_int(name, getattr(self, name), minimum=1)
-        if isinstance(self.dropout, str | bool) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise QuantizationError(f"dropout is {self.dropout!r}, expected a number of at least 0 and below 1")
         if not isinstance(self.bias, bool):
             raise QuantizationError(f"bias is {self.bias!r}, expected true or false")

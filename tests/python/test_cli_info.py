@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,14 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "file").touch()
     assert main(["demo", "--output", str(tmp_path / "file" / "folder")]) == 1
     assert capsys.readouterr().err.startswith("bitlab: ")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
+def test_make_alone_explains_itself() -> None:
+    done = subprocess.run(["make", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 1
+    done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"make {target} " in done.stdout for target in ("demo", "test", "setup", "build", "wheel"))
 
 
 def test_as_a_module() -> None:

@@ -105,6 +105,7 @@ def saved(tmp_path: Path) -> Path:
         (["a", "b", "c", "--threads"], "--threads needs a value"),
         (["a", "b", "c", "--threads", "0"], '--threads is "0"'),
         (["a", "b", "c", "--threads", "two"], '--threads is "two"'),
+        (["a", "b", "--bogus"], "unknown option --bogus"),
     ],
 )
 def test_wrong_arguments(options: list[str], message: str) -> None:
@@ -155,8 +156,28 @@ def test_metadata_that_does_not_fit_the_tensors(saved: Path) -> None:
     tensors = load_file(saved / "model.safetensors")
     metadata = {"model_type": "BitMLPModel", **BitMLPConfig(2, 20, 8, 3, quant_config=PER_CHANNEL).to_metadata()}
     wrong = {"hidden_dim": "9", "n_layers": "3", "in_channels": "19", "quant_config.weight_granularity": "per_tensor"}
-    for name, value in {**wrong, "model_type": "Other", "quant_config.activation_dtype": "int4"}.items():
+    for name, value in {**wrong, "model_type": "Other", "bias": "yes", "quant_config.activation_dtype": "int4"}.items():
         save_file(tensors, saved / "model.safetensors", {**metadata, name: value})
         assert run_raw(saved, saved / "x.safetensors", saved / "y")[0] == 1, name
     save_file(tensors, saved / "model.safetensors", metadata)
     assert run_raw(saved, saved / "x.safetensors", saved / "y")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("layers.1.bias", torch.tensor([1.0, torch.nan, 1.0]), "layers.1.bias holds NaN or infinity"),
+        ("layers.1.bias", torch.tensor([1.0, -torch.inf, 1.0]).bfloat16(), "layers.1.bias holds NaN or infinity"),
+        ("layers.1.bias", torch.tensor([1.0, torch.inf, 1.0]).half(), "layers.1.bias holds NaN or infinity"),
+        ("layers.1.bias", torch.zeros(3, dtype=torch.float64), "F64"),
+        ("layers.1.bias", torch.zeros(4), "layers.1.bias has 4 rows, expected 3"),
+        ("layers.1.qweight_scale", torch.tensor([1.0, 0.0, 1.0]), "not finite and positive"),
+    ],
+)
+def test_values_that_no_model_has(saved: Path, name: str, value: Tensor, message: str) -> None:
+    path = saved / "model.safetensors"
+    metadata = {"model_type": "BitMLPModel", **BitMLPConfig(2, 20, 8, 3, quant_config=PER_CHANNEL).to_metadata()}
+    save_file({**load_file(path), name: value}, path, metadata)
+    code, error = run_raw(saved, saved / "x.safetensors", saved / "y")
+    assert code == 1
+    assert message in error

@@ -73,8 +73,11 @@ def test_init_methods() -> None:
         make_layer(init_method="nonsense")
 
 
-@pytest.mark.parametrize(("sizes", "name"), [((0, 4), "in_features is 0"), ((4, -1), "out_features is -1")])
-def test_sizes_below_one(sizes: tuple[int, int], name: str) -> None:
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [((0, 4), "in_features is 0"), ((4, -1), "out_features is -1"), (("8", 8), "in_features is '8'")],
+)
+def test_sizes_that_are_no_counts(sizes: tuple[int, int], name: str) -> None:
     with pytest.raises(QuantizationError, match=name):
         BitLinear(*sizes)
 
@@ -168,6 +171,14 @@ def test_evaluation_has_no_second_derivative(x: Tensor) -> None:
         torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=True)
 
 
+@pytest.mark.parametrize("config", all_configs(), ids=str)
+def test_evaluation_on_the_meta_device_has_a_backward(config: BitQuantConfig) -> None:
+    layer = make_layer(config, device="meta").eval()
+    layer(torch.empty(5, SIZES[0], device="meta")).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.shape == (19, 37)
+
+
 def test_autocast_decides_the_dtype(x: Tensor) -> None:
     layer = make_layer(PER_CHANNEL)
     full = layer.eval()(x)
@@ -224,6 +235,12 @@ def stepped(layer: BitLinear) -> None:
     torch.optim.SGD([layer.weight], lr=1.0).step()
 
 
+def compiled_step(layer: BitLinear) -> None:
+    layer.weight.grad = torch.randn(19, 37)
+    optimizer = torch.optim.SGD([layer.weight], lr=1.0, fused=True)
+    torch.compile(optimizer.step, backend="aot_eager")()
+
+
 def cast(layer: BitLinear) -> None:
     layer.bfloat16().float()
 
@@ -236,7 +253,7 @@ def another_config(layer: BitLinear) -> None:
     layer.quant_config = PER_CHANNEL
 
 
-CHANGES = [replaced, changed_in_place, changed_storage, stepped, cast, loaded, another_config]
+CHANGES = [replaced, changed_in_place, changed_storage, stepped, compiled_step, cast, loaded, another_config]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -248,6 +265,29 @@ def test_the_copy_follows_the_weight(change: Callable[[BitLinear], None], x: Ten
     after = layer(x)
     assert not same_bits(before, after)
     assert same_bits(after, evaluate(layer, x))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_the_copy_follows_every_optimizer(name: str, fused: bool, x: Tensor) -> None:
+    layer = make_layer().eval()
+    optimizer = getattr(torch.optim, name)(layer.parameters(), lr=0.5, fused=fused)
+    before = layer(x)
+    before.pow(2).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        assert not same_bits(layer(x), before)
+        assert same_bits(layer(x), evaluate(layer, x))
+
+
+def test_a_step_of_others_leaves_the_copy(count_packings: Callable[[], int], x: Tensor) -> None:
+    layer, other = make_layer().eval(), make_layer().eval()
+    optimizer = torch.optim.AdamW([*layer.parameters(), *other.parameters()], fused=True)
+    layer(x)
+    other(x).sum().backward()
+    optimizer.step()
+    layer(x)
+    assert count_packings() == 2
 
 
 def test_the_copy_follows_a_functional_call(x: Tensor) -> None:
@@ -346,6 +386,21 @@ def test_deploy_twice_and_train_after_it() -> None:
     model = nn.Sequential(layer, nn.ReLU())
     with pytest.raises(QuantizationError):
         model.train()
+
+
+def test_a_deployed_layer_cannot_be_initialized() -> None:
+    with pytest.raises(QuantizationError, match=r"reset_parameters.*deployed"):
+        make_layer().deploy().reset_parameters()
+
+
+@pytest.mark.parametrize("way", ["deploy", "load"])
+def test_a_layer_deployed_in_inference_mode_passes_gradients_on(way: str, x: Tensor) -> None:
+    layer, state = make_layer(), make_layer().deploy().state_dict()
+    with torch.inference_mode():
+        layer.deploy() if way == "deploy" else layer.load_state_dict(state)
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None
 
 
 def test_deploy_of_a_parametrized_weight() -> None:
@@ -513,6 +568,32 @@ def test_a_trainable_state_that_is_not_finite_or_of_another_shape() -> None:
         make_layer().load_state_dict({**state, "weight": torch.full((19, 37), torch.inf)})
     with pytest.raises(QuantizationError, match=r"weight has shape \(19, 36\), expected \(19, 37\)"):
         make_layer().deploy().load_state_dict({**state, "weight": torch.zeros(19, 36)})
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "message"),
+    [
+        (torch.full((19,), torch.nan), "bias holds NaN or infinity"),
+        (torch.full((19,), -torch.inf), "bias holds NaN or infinity"),
+        (torch.zeros(19, dtype=torch.float64), "bias has dtype torch.float64"),
+        (torch.zeros(19, dtype=torch.int32), "bias has dtype torch.int32"),
+    ],
+)
+def test_a_bias_that_is_not_finite_or_of_another_dtype(deployed: bool, bias: Tensor, message: str) -> None:
+    source, layer = make_layer(), make_layer()
+    state = {**(source.deploy() if deployed else source).state_dict(), "bias": bias}
+    with pytest.raises(QuantizationError, match=message):
+        layer.load_state_dict(state)
+    assert not layer.is_deployed
+
+
+@pytest.mark.parametrize(("name", "deployed"), [("weight", False), ("qweight_scale", True)])
+def test_a_state_of_double_precision(name: str, deployed: bool) -> None:
+    source = make_layer()
+    state = (source.deploy() if deployed else source).state_dict()
+    with pytest.raises(QuantizationError, match=f"{name} has dtype torch.float64"):
+        make_layer().load_state_dict({**state, name: state[name].double()})
 
 
 def test_states_of_a_whole_model(x: Tensor) -> None:

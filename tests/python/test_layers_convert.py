@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
@@ -75,3 +78,75 @@ def test_deploy_is_all_or_nothing() -> None:
         deploy(model)
     assert not any(layer.is_deployed for layer in model.modules() if isinstance(layer, BitLinear))
     assert model.training
+
+
+# --- layers that cannot be replaced ---------------------------------------------------------------------------------
+
+
+def weight_norm(layer: nn.Linear) -> None:
+    nn.utils.weight_norm(layer)
+
+
+def pruned(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "weight", amount=1)
+
+
+def pruned_bias(layer: nn.Linear) -> None:
+    prune.l1_unstructured(layer, "bias", amount=1)
+
+
+def forward_hook(layer: nn.Linear) -> None:
+    layer.register_forward_hook(lambda *_: None)
+
+
+def backward_hook(layer: nn.Linear) -> None:
+    layer.register_full_backward_hook(lambda *_: None)
+
+
+def state_dict_hook(layer: nn.Linear) -> None:
+    layer.register_state_dict_post_hook(lambda *_: None)
+
+
+def double(layer: nn.Linear) -> None:
+    layer.double()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "change", [weight_norm, pruned, pruned_bias, forward_hook, backward_hook, state_dict_hook, double]
+)
+def test_convert_is_all_or_nothing(change: Callable[[nn.Linear], None]) -> None:
+    model = Block()
+    change(model.head)
+    with pytest.raises(QuantizationError, match=r"^head: "):
+        convert(model, CONFIG)
+    assert not any(isinstance(module, BitLinear) for module in model.modules())
+    assert isinstance(convert(model, CONFIG, skip=["head"]).get_submodule("body.0"), BitLinear)
+
+
+# --- torch's encoders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_a_converted_encoder_computes_with_its_layers(padded: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(3, 5, 16)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = padded
+    original = encoder.eval()(x, src_key_padding_mask=mask)
+    model = convert(encoder.train(), CONFIG)
+    expected = model(x, src_key_padding_mask=mask)  # Training mode has no fast path.
+    evaluated = model.eval()(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(evaluated, expected)
+    assert same_bits(deploy(model)(x, src_key_padding_mask=mask), evaluated)
+    assert not torch.allclose(evaluated[~mask], original[~mask], atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_encoder_that_was_left_alone_keeps_its_fast_path() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 32), nn.Linear(16, 4))
+    encoder = convert(model, skip=["0"]).get_submodule("0")
+    assert encoder.activation_relu_or_gelu == 1

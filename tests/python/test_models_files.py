@@ -157,6 +157,27 @@ def no_object(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
 
 
+def nested(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def nested_field(folder: Path) -> None:
+    edit_config(dropout="DEEP")(folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"DEEP"', "[" * 900 + "]" * 900))
+
+
+def nan_bias(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["layers.1.bias"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+
+
+def double_bias(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "layers.1.bias": tensors["layers.1.bias"].double()}, folder / "model.safetensors")
+
+
 def edit_config(**changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / "config.json"
@@ -183,6 +204,12 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (edit_config(n_layers=2), "n_layers=3.*n_layers=2"),
     (edit_config(bias=False), "bias=true.*bias=false"),
     (edit_config(quant_config=PER_ROW), "per_tensor.*per_channel"),
+    (nested, "config.json.*JSON"),
+    (nested_field, "config.json"),
+    (nan_bias, r"model.safetensors: layers\.1\.bias holds NaN"),
+    (double_bias, r"model.safetensors: layers\.1\.bias has dtype torch.float64"),
+    (edit_config(dropout=None), "config.json: dropout is None"),
+    (edit_config(hidden_dim=2**40), f"hidden_dim=33, config.json says hidden_dim={2**40}"),
     (edit_config(depth=3), "config.json.*depth"),
     (edit_config(hidden_dim=-1), "config.json.*hidden_dim is -1"),
 ]
@@ -203,6 +230,15 @@ def test_another_config_shows_without_metadata(change: dict[str, object], tmp_pa
     AutoBitModel.from_pretrained(tmp_path)
     edit_config(**change)(tmp_path)
     with pytest.raises(QuantizationError, match=r"model\.safetensors: "):
+        AutoBitModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("hidden_dim", [10**9, 2**40, 2**63])
+def test_a_config_beyond_all_memory(hidden_dim: int, tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path)
+    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
+    edit_config(hidden_dim=hidden_dim)(tmp_path)
+    with pytest.raises(QuantizationError, match=r"model\.safetensors: |config\.json: BitMLPModel cannot be built"):
         AutoBitModel.from_pretrained(tmp_path)
 
 

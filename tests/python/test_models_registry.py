@@ -43,6 +43,7 @@ def test_mlp_config_takes_the_documented_arguments() -> None:
         ({"in_channels": True}, "in_channels is True"),
         ({"dropout": 1.0}, r"dropout is 1\.0"),
         ({"dropout": "0"}, "dropout is '0'"),
+        ({"dropout": None}, "dropout is None"),
         ({"bias": "yes"}, "bias is 'yes'"),
         ({"quant_config": {"weight_granularity": "per_row"}}, "weight_granularity is 'per_row'"),
         ({"quant_config": {"weights": 1}}, "weights"),
@@ -120,9 +121,11 @@ def tiny() -> Iterator[type[BitModelBase]]:
         def __init__(self, config: BitModelConfig, quant_config: BitQuantConfig | None = None) -> None:
             super().__init__(config, quant_config)
             self.layer = nn.Linear(self.config.size, 1)
+            self.register_buffer("unsaved", torch.full((1,), 2.0), persistent=False)
+            self.plain = torch.tensor(3.0)
 
         def forward(self, x: Tensor) -> Tensor:
-            output: Tensor = self.layer(x)
+            output: Tensor = self.layer(x) * self.unsaved + self.plain
             return output
 
     yield Tiny
