@@ -209,7 +209,7 @@ def test_a_call_sees_one_state_of_the_registry() -> None:
         with ThreadPoolExecutor(1) as pool:
             forcing = pool.submit(force)
             try:
-                names = {_kernel_name() for _ in range(3000)}
+                names = {_kernel_name() for _ in range(20_000)}
             finally:
                 stop.set()
             forcing.result()
