@@ -66,7 +66,9 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is missing")
 def test_make_alone_explains_itself() -> None:
-    done = subprocess.run(["make", "--dry-run"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--dry-run", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert len(done.stdout.splitlines()) == 1
     done = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert all(f"make {target} " in done.stdout for target in ("demo", "test", "setup", "build", "wheel"))
