@@ -19,7 +19,9 @@ template <class... Parts>
 }
 
 /// Kernels call it after their loops have met a code that does not exist.
-[[noreturn]] inline void fail_invalid_code() { fail("qweight holds an invalid code: a 2-bit field is 3"); }
+[[noreturn]] inline void fail_invalid_code() {
+  fail("qweight holds an invalid code: a 2-bit field of 3, or a byte above 242 at 1.6 bits");
+}
 
 inline void check_floating(DType dtype, const char* argument) {
   if (!is_floating(dtype)) fail(argument, " must be float32, bfloat16 or float16, got ", to_string(dtype));

@@ -31,6 +31,8 @@ bool cpu_has_avx512() {
 
 bool cpu_has_avx512_vnni() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+bool cpu_has_avx512_vbmi() { return cpu_has_avx512_vnni() && __builtin_cpu_supports("avx512vbmi"); }
+
 std::vector<std::string_view> cpu_features() {
   std::vector<std::string_view> names = {"sse2"};
   if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
@@ -39,6 +41,7 @@ std::vector<std::string_view> cpu_features() {
   if (__builtin_cpu_supports("avx512bw")) names.push_back("avx512bw");
   if (__builtin_cpu_supports("avx512vl")) names.push_back("avx512vl");
   if (__builtin_cpu_supports("avx512vnni")) names.push_back("avx512vnni");
+  if (__builtin_cpu_supports("avx512vbmi")) names.push_back("avx512vbmi");
   return names;
 }
 
@@ -47,6 +50,7 @@ std::vector<std::string_view> cpu_features() {
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_vnni() { return false; }
+bool cpu_has_avx512_vbmi() { return false; }
 
 std::vector<std::string_view> cpu_features() {
 #if defined(__aarch64__)

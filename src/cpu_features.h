@@ -14,6 +14,9 @@ bool cpu_has_avx512();
 /// The same and VNNI.
 bool cpu_has_avx512_vnni();
 
+/// The same and VBMI.
+bool cpu_has_avx512_vbmi();
+
 /// ARM64's dot product instructions (ARMv8.2).
 bool cpu_has_neon_dot();
 

@@ -5,10 +5,12 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "bitcore/ops/base.h"
 #include "float_types-inl.h"
+#include "kernels/tile_functions.h"
 
 namespace bitcore {
 namespace {
@@ -53,31 +55,45 @@ inline std::int32_t quantize_x_row(const float* x, std::int64_t count, float sca
   return sum;
 }
 
-/// y = float(sum) * (s_x * s_w) + bias for adjacent output features, three float32 operations in this order.
-/// @param sums int32 (int8 activations) or float (float32 activations).
-/// @param bias May be null.
-template <class Sum>
-inline void store_row(const Sum* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias,
-                      void* y, DType dtype) {
-  constexpr std::int64_t kChunk = 64;
-  float out[kChunk];
-  for (std::int64_t begin = 0; begin < count; begin += kChunk) {
-    const std::int64_t n = std::min(kChunk, count - begin);
-    for (std::int64_t i = 0; i < n; ++i) {
-      out[i] = static_cast<float>(sums[begin + i]) * (x_scale * w_scale[begin + i]);
-    }
-    if (bias != nullptr) {
-      for (std::int64_t i = 0; i < n; ++i) out[i] = out[i] + bias[begin + i];
-    }
-    narrow(out, n, dtype, static_cast<std::byte*>(y) + static_cast<std::size_t>(begin) * size_of(dtype));
+/// Writes 16 outputs of one token: three float32 operations in this order. @param count Of them, those that exist.
+template <class Sum, bool HasBias>
+inline void store_lanes(const Sum* sums, float x_scale, const float* w_scale, const float* bias, std::int64_t count,
+                        DType dtype, std::byte* y) {
+  constexpr std::int64_t kLanes = 16;
+  float out[kLanes];
+  for (std::int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<float>(sums[i]) * (x_scale * w_scale[i]);
+  if constexpr (HasBias) {
+    for (std::int64_t i = 0; i < kLanes; ++i) out[i] = out[i] + bias[i];
+  }
+  if (dtype == DType::float32 && count == kLanes) {
+    std::memcpy(y, out, sizeof(out));
+  } else {
+    narrow(out, count, dtype, y);
   }
 }
 
-/// store_row as TileFunctions::store.
+template <class Sum, bool HasBias>
+inline void store_block(const StoreBlock& block) {
+  constexpr std::int64_t kLanes = 16;
+  const auto element = static_cast<std::int64_t>(size_of(block.dtype));
+  for (std::int64_t m = 0; m < block.tokens; ++m) {
+    const Sum* sums = static_cast<const Sum*>(block.sums) + m * block.sums_stride;
+    std::byte* y = block.y + m * block.y_stride;
+    for (std::int64_t row = 0; row < block.rows; row += kLanes) {
+      store_lanes<Sum, HasBias>(sums + row, block.x[m].scale, block.w_scale + row, HasBias ? block.bias + row : nullptr,
+                                std::min(kLanes, block.rows - row), block.dtype, y + row * element);
+    }
+  }
+}
+
+/// TileFunctions::store. @tparam Sum int32 (int8 activations) or float (float32 activations).
 template <class Sum>
-inline void store_sums(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias,
-                       void* y, DType dtype) {
-  store_row(static_cast<const Sum*>(sums), count, x_scale, w_scale, bias, y, dtype);
+inline void store_sums(const StoreBlock& block) {
+  if (block.bias != nullptr) {
+    store_block<Sum, true>(block);
+  } else {
+    store_block<Sum, false>(block);
+  }
 }
 
 }  // namespace

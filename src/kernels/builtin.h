@@ -16,6 +16,7 @@ extern const TileFunctions kFloat32Avx2Tiles;      // float32_avx2.cc
 extern const TileFunctions kFloat32Avx512Tiles;    // float32_avx512.cc
 extern const TileFunctions kFloat32PortableTiles;  // float32_portable.cc
 extern const TileFunctions kInt8Avx2Tiles;         // int8_avx2.cc
+extern const TileFunctions kInt8Avx512VbmiTiles;   // int8_avx512vbmi.cc
 extern const TileFunctions kInt8Avx512VnniTiles;   // int8_avx512vnni.cc
 extern const TileFunctions kInt8NeonDotTiles;      // int8_neondot.cc
 extern const TileFunctions kInt8PortableTiles;     // int8_portable.cc

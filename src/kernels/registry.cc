@@ -25,6 +25,7 @@ std::vector<KernelPtr> builtin_kernels() {
     kernels.push_back(std::make_shared<TiledKernel>(name, requirement, supported, functions));
   };
 #if defined(__x86_64__)
+  add("Int8Avx512VbmiKernel", "AVX-512 VNNI and VBMI", cpu_has_avx512_vbmi(), kInt8Avx512VbmiTiles);
   add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles);
   add("Int8Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kInt8Avx2Tiles);
 #elif defined(__aarch64__)

@@ -1,9 +1,11 @@
 // The contract between the shared driver (tiled_kernel.h) and the tile functions of one instruction set.
 //
 // Tile functions neither allocate, thread, dispatch nor throw; pointers never alias; every buffer that the driver
-// allocates is 64-byte aligned. Sums are int32 for int8 activations and float for float32 activations.
+// provides is 64-byte aligned, packed activations excepted. Sums are int32 for int8 activations and float for float32
+// activations.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "bitcore/config.h"
@@ -14,12 +16,32 @@ namespace bitcore {
 /// Bound of TileFunctions::direct_tokens: the driver keeps the sums of a tile on the stack.
 inline constexpr std::int64_t kMostDirectTokens = 16;
 
+/// What the driver knows of one row of x.
+struct Activation {
+  float scale;       ///< s_x; float32 activations: 1, or NaN where the row is not finite.
+  std::int32_t sum;  ///< Of the int8 codes.
+};
+
+/// A block of finished sums, and where they go. Arrays over rows are readable up to a multiple of 16 of them.
+struct StoreBlock {
+  const void* sums;          ///< [token][row]
+  std::int64_t sums_stride;  ///< From one token to the next; a multiple of 16.
+  std::int64_t tokens;
+  std::int64_t rows;      ///< Adjacent output features.
+  const Activation* x;    ///< One for each token.
+  const float* w_scale;   ///< One for each row.
+  const float* bias;      ///< One for each row, or null.
+  std::byte* y;           ///< Of the first token and row.
+  std::int64_t y_stride;  ///< Bytes from one token to the next.
+  DType dtype;            ///< Of y.
+};
+
 struct TileFunctions {
   ActivationDtype activation_dtype;
 
   std::int64_t panel_rows;  ///< Output rows that gemm computes together; a multiple of kTileRows.
   std::int64_t token_tile;  ///< Most rows of x that gemm computes together.
-  std::int64_t k_block;     ///< k that one unpacked panel covers; a multiple of kStepCodes.
+  std::int64_t k_block;     ///< Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
   std::int64_t
       direct_tokens;  ///< Most rows of x for which direct is used, up to kMostDirectTokens; 0: there is no direct.
 
@@ -35,27 +57,38 @@ struct TileFunctions {
   /// int8 only. codes = clamp(round(x / scale), -128, 127), 0 where scale is NaN; returns their sum.
   std::int32_t (*quantize)(const float* x, std::int64_t count, float scale, std::int8_t* codes);
 
-  /// Reorders `tokens` rows of x, `row_stride` bytes apart, k_count activations each (a multiple of kStepCodes),
-  /// as gemm reads them.
+  /// Reorders `tokens` rows of x, `row_stride` bytes apart, k_count activations each (a multiple of 16, at 1.6 bits of
+  /// 4), as gemm and direct read them.
   void (*pack_tokens)(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed);
 
   /// Unpacks steps [step_begin, step_end) of `rows` <= panel_rows packed rows that begin at a tile; absent rows may
   /// become anything. Returns nonzero where a code is invalid.
   /// @param tiles First byte of the first tile. @param payload_row_bytes R of docs/packed-format.md.
-  std::uint32_t (*unpack_panel)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
-                                std::int64_t step_begin, std::int64_t step_end, void* panel);
+  using UnpackPanel = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
+                                        std::int64_t step_begin, std::int64_t step_end, void* panel);
+  UnpackPanel unpack_panel;
 
   /// sums[token * panel_rows + row] += sum over k of panel and packed tokens.
   void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums);
 
   /// sums[token * kTileRows + row] += one tile of packed weights times packed tokens, all k at once.
   /// Returns nonzero where a code is invalid. Null where direct_tokens is 0.
-  std::uint32_t (*direct)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
-                          const void* packed_tokens, std::int64_t tokens, void* sums);
+  using Direct = std::uint32_t (*)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
+                                   const void* packed_tokens, std::int64_t tokens, void* sums);
+  Direct direct;
 
-  /// y = float(sums) * (x_scale * w_scale) + bias for `count` adjacent outputs. @param bias May be null.
-  void (*store)(const void* sums, std::int64_t count, float x_scale, const float* w_scale, const float* bias, void* y,
-                DType dtype);
+  /// y = float(sums) * (x_scale * w_scale) + bias.
+  void (*store)(const StoreBlock& block);
+
+  // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.
+
+  UnpackPanel base3_unpack_panel = nullptr;  ///< unpack_panel for 1.6 bits.
+  Direct base3_direct = nullptr;             ///< direct for 1.6 bits.
+
+  /// Rewrites steps [step_begin, step_end) of one 1.6-bit tile as a 2-bit tile of ceil(20 / 16 * steps) steps, padded
+  /// with code 1. Returns nonzero where a code is invalid. Null: the driver's own, compiled for any CPU.
+  std::uint32_t (*base3_recode)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t step_begin,
+                                std::int64_t step_end, std::uint8_t* recoded) = nullptr;
 };
 
 }  // namespace bitcore

@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
 #include "aligned_array.h"
+#include "arena.h"
 #include "bitcore/ops/base.h"
 #include "checks.h"
+#include "kernels/base3_recode-inl.h"
 #include "math.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
@@ -22,49 +23,175 @@ constexpr std::int64_t kMacsPerThread = std::int64_t{1} << 20;
 // Activations that are quantized, packed and multiplied before the next ones: they stay in the last-level cache.
 constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
 
+// Sums of a panel, which stay in the second-level cache between two blocks of k.
+constexpr std::int64_t kPanelSumBytes = std::int64_t{128} << 10;
+
+// A block of k ends at a step of either layout.
+constexpr std::int64_t kBlockCodes = 80;
+
+// Workspaces of up to this size come from the stack: small layers never allocate.
+constexpr std::size_t kStackBytes = 8192;
+
+// How one call is cut into pieces: a function of its sizes alone.
+struct Plan {
+  Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads) {
+    const bool base3 = shape.layout == Layout::base3;
+    direct = tokens <= f.direct_tokens;
+    recode = base3 && (direct ? f.base3_direct == nullptr : f.base3_unpack_panel == nullptr);
+    x_element = f.activation_dtype == ActivationDtype::int8 ? 1 : 4;
+    k_padded = round_up(shape.padded_in_features(), recode ? kStepCodes : 4);
+    row_bytes = round_up(k_padded * x_element, 64);
+    token_bytes = k_padded * f.token_element;
+
+    const std::int64_t unit = base3 ? kBlockCodes : kStepCodes;
+    const std::int64_t most = std::max(unit, f.k_block / unit * unit);
+    k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
+
+    const std::int64_t macs = tokens * shape.in_features * shape.out_features;
+    most_threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, macs / kMacsPerThread)));
+
+    const std::int64_t fitting = std::min(kActivationBlockBytes / token_bytes, kPanelSumBytes / (4 * f.panel_rows));
+    block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), f.token_tile));
+    // Where there are fewer panels than threads could take, the tokens are split as well.
+    const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
+    panels = ceil_div(shape.out_features, f.panel_rows);
+    splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, f.token_tile));
+  }
+
+  bool direct;             // few tokens: packed weights are multiplied as they are
+  bool recode;             // 1.6-bit tiles are rewritten at 2 bits
+  std::int64_t x_element;  // bytes of an activation in row-major form
+  std::int64_t k_padded;
+  std::int64_t row_bytes;    // of a row of activations in row-major form
+  std::int64_t token_bytes;  // of a row of packed activations
+  std::int64_t k_block;
+  int most_threads;
+  std::int64_t block_tokens;  // packed and multiplied before the next ones
+  std::int64_t panels;
+  std::int64_t splits;
+};
+
+// Scratch memory of a call, shared by its threads or one for each of them.
+struct Buffers {
+  struct Thread {
+    float* floats;    // a row of x, widened
+    std::byte* rows;  // rows of activations, row-major
+    std::uint8_t* recoded;
+    std::byte* panel;
+    std::int32_t* sums;
+  };
+
+  Buffers(const TileFunctions& f, const Plan& plan, const PackedShape& shape, Arena& arena) {
+    const std::int64_t padded_rows = round_up(shape.out_features, 16);
+    w_scale = arena.take<float>(padded_rows);
+    bias = arena.take<float>(padded_rows);
+    activations = arena.take<Activation>(plan.block_tokens);
+    packed = arena.take<std::byte>(plan.block_tokens * plan.token_bytes);
+    first = arena.position();
+    take(f, plan, arena);
+    per_thread = arena.position() - first;
+    arena.skip(per_thread * (plan.most_threads - 1));
+  }
+
+  // The buffers of one thread.
+  Thread thread(const TileFunctions& f, const Plan& plan, Arena arena, int index) const {
+    arena.skip(first + per_thread * index - arena.position());
+    return take(f, plan, arena);
+  }
+
+  float* w_scale;
+  float* bias;
+  Activation* activations;
+  std::byte* packed;
+
+ private:
+  static Thread take(const TileFunctions& f, const Plan& plan, Arena& arena) {
+    const std::int64_t rows = plan.direct ? plan.block_tokens : std::min(f.token_tile, plan.block_tokens);
+    const std::int64_t weight_rows = plan.direct ? kTileRows : f.panel_rows;
+    const std::int64_t weight_k = plan.direct ? plan.k_padded : plan.k_block;
+    Thread thread{};
+    thread.floats = arena.take<float>(plan.k_padded);
+    thread.rows = arena.take<std::byte>(rows * plan.row_bytes);
+    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(weight_rows * weight_k / 4);
+    if (plan.direct) return thread;
+    thread.panel = arena.take<std::byte>(plan.k_block * f.panel_rows * f.panel_element);
+    thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panel_rows);
+    return thread;
+  }
+
+  std::int64_t first;
+  std::int64_t per_thread;
+};
+
 // One call: the arguments with everything that is derived from them once.
 class Run {
  public:
-  Run(const TileFunctions& functions, const LinearArgs& args)
+  Run(const TileFunctions& functions, const LinearArgs& args, const PackedShape& shape, const Plan& plan, Arena arena)
       : f_(functions),
         args_(args),
+        shape_(shape),
+        plan_(plan),
+        arena_(arena),
+        buffers_(functions, plan, shape, arena),
         tokens_(args.x.rows),
         in_features_(args.x.cols),
-        out_features_(args.y.cols),
-        k_padded_(round_up(in_features_, kStepCodes)),
-        payload_row_bytes_(packed_shape(out_features_, in_features_).payload_row_bytes),
-        payload_(static_cast<const std::uint8_t*>(args.qweight.data)),
-        x_element_(functions.activation_dtype == ActivationDtype::int8 ? 1 : 4),
-        w_scale_(round_up(out_features_, 16)),
-        bias_(args.bias ? round_up(out_features_, 16) : 0) {
-    std::fill_n(w_scale_.data(), out_features_, args.qweight_scale[0]);
-    if (args.qweight_scale.size() > 1) std::copy(args.qweight_scale.begin(), args.qweight_scale.end(), w_scale_.data());
-    if (args.bias) widen(args.bias.data, args.bias.dtype, out_features_, bias_.data());
-    if (args.config.activation_granularity == Granularity::per_tensor) set_tensor_scale();
+        payload_(static_cast<const std::uint8_t*>(args.qweight.data)) {
+    const std::int64_t rows = shape.out_features;
+    if (args.qweight_scale.size() > 1) {
+      std::copy(args.qweight_scale.begin(), args.qweight_scale.end(), buffers_.w_scale);
+    } else {
+      std::fill_n(buffers_.w_scale, rows, args.qweight_scale[0]);
+    }
+    if (args.bias) widen(args.bias.data, args.bias.dtype, rows, buffers_.bias);
+    // The last rows of a register of outputs are computed and not stored.
+    std::fill(buffers_.w_scale + rows, buffers_.w_scale + round_up(rows, 16), 0.0f);
+    std::fill(buffers_.bias + rows, buffers_.bias + round_up(rows, 16), 0.0f);
   }
 
   /// Returns the number of tile calls.
   std::uint64_t run() {
-    if (tokens_ <= f_.direct_tokens) {
+    if (is_int8() && per_tensor()) set_tensor_scale();
+    if (plan_.direct) {
       run_direct();
     } else {
-      run_blocks();
+      for (std::int64_t begin = 0; begin < tokens_; begin += plan_.block_tokens) {
+        const std::int64_t count = std::min(plan_.block_tokens, tokens_ - begin);
+        pack_block(begin, count);
+        multiply_block(begin, count);
+      }
     }
     if (invalid_.load(std::memory_order_relaxed) != 0) fail_invalid_code();
     return tile_calls_.load(std::memory_order_relaxed);
   }
 
  private:
-  bool has_codes() const { return !args_.x_scale.empty(); }
+  using Thread = Buffers::Thread;
 
-  // int8, per tensor: one scale for all rows, which must be known before the first is quantized.
-  void set_tensor_scale() {
-    if (f_.activation_dtype != ActivationDtype::int8) return;
-    tensor_scale_ = has_codes() ? args_.x_scale[0] : 0.0f;
-    if (!has_codes()) compute_x_scale(args_.x, args_.config, std::span(&tensor_scale_, 1), *args_.executor);
+  bool is_int8() const { return f_.activation_dtype == ActivationDtype::int8; }
+  bool has_codes() const { return !args_.x_scale.empty(); }
+  bool per_tensor() const { return args_.config.activation_granularity == Granularity::per_tensor; }
+
+  Thread thread_buffers(int index) const { return buffers_.thread(f_, plan_, arena_, index); }
+
+  // Calls work(unit, buffers) for every unit; threads take the next free one, so that a slow core delays nobody.
+  template <class Work>
+  void for_each_unit(std::int64_t units, const Work& work) {
+    const int threads = static_cast<int>(std::min<std::int64_t>(units, plan_.most_threads));
+    std::atomic<std::int64_t> next{0};
+    const auto task = [&](int index) {
+      const Thread buffers = thread_buffers(index);
+      for (std::int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, buffers);
+    };
+    if (threads == 1) {
+      task(0);
+    } else {
+      args_.executor->run(threads, [&task](int index) { task(index); });  // one reference: std::function allocates not
+    }
   }
 
-  bool per_tensor() const { return args_.config.activation_granularity == Granularity::per_tensor; }
+  void note_invalid(std::uint32_t invalid) {
+    if (invalid != 0) invalid_.fetch_or(invalid, std::memory_order_relaxed);
+  }
 
   // Row `token` of x as float32, in place where it is already.
   const float* float_row(std::int64_t token, float* buffer) const {
@@ -73,17 +200,33 @@ class Run {
     return buffer;
   }
 
-  struct Activation {
-    float scale;
-    std::int32_t sum;  // of the codes
-  };
+  // per_tensor: the one scale for all rows has to be known before the first is quantized.
+  void set_tensor_scale() {
+    if (has_codes()) {
+      tensor_scale_ = args_.x_scale[0];
+      return;
+    }
+    std::atomic<std::uint32_t> largest{0};
+    const std::int64_t unit_rows = std::max<std::int64_t>(1, 65536 / in_features_);
+    for_each_unit(ceil_div(tokens_, unit_rows), [&](std::int64_t unit, const Thread& thread) {
+      std::uint32_t found = 0;
+      for (std::int64_t m = unit * unit_rows; m < std::min(tokens_, (unit + 1) * unit_rows); ++m) {
+        found = std::max(found, f_.absmax(float_row(m, thread.floats), in_features_));
+      }
+      std::uint32_t seen = largest.load(std::memory_order_relaxed);
+      while (seen < found && !largest.compare_exchange_weak(seen, found, std::memory_order_relaxed)) {
+      }
+    });
+    tensor_scale_ = x_scale_of(largest.load(std::memory_order_relaxed));
+  }
 
-  // Writes one row of activations, zero padded, as the tile functions read it.
+  // Writes one row of activations, zero padded, as pack_tokens reads it.
   Activation prepare_row(std::int64_t token, float* buffer, std::byte* out) const {
-    std::memset(out + in_features_ * x_element_, 0, static_cast<std::size_t>((k_padded_ - in_features_) * x_element_));
+    const std::int64_t used = in_features_ * plan_.x_element;
+    std::memset(out + used, 0, static_cast<std::size_t>(plan_.row_bytes - used));
     if (has_codes()) return copy_codes(token, reinterpret_cast<std::int8_t*>(out));
     const float* x = float_row(token, buffer);
-    if (f_.activation_dtype == ActivationDtype::float32) {
+    if (!is_int8()) {
       std::memcpy(out, x, static_cast<std::size_t>(in_features_) * sizeof(float));
       const bool finite = f_.absmax(x, in_features_) < kInfinityBits;
       return {finite ? 1.0f : quiet_nan(), 0};
@@ -105,196 +248,192 @@ class Run {
     std::fill_n(sums, count, f_.offset_codes ? -activation_sum : 0);
   }
 
-  void store(const std::int32_t* sums, std::int64_t token, std::int64_t row, std::int64_t rows, float x_scale) const {
-    std::byte* y = args_.y.row(token) + static_cast<std::size_t>(row) * size_of(args_.y.dtype);
-    f_.store(sums, rows, x_scale, w_scale_.data() + row, args_.bias ? bias_.data() + row : nullptr, y, args_.y.dtype);
+  // Finished sums of `tokens` adjacent tokens from `token` on, whose Activations begin at `x`.
+  void store(const std::int32_t* sums, std::int64_t sums_stride, std::int64_t token, std::int64_t tokens,
+             std::int64_t row, std::int64_t rows, const Activation* x) const {
+    const auto element = static_cast<std::int64_t>(size_of(args_.y.dtype));
+    f_.store({.sums = sums,
+              .sums_stride = sums_stride,
+              .tokens = tokens,
+              .rows = rows,
+              .x = x,
+              .w_scale = buffers_.w_scale + row,
+              .bias = args_.bias ? buffers_.bias + row : nullptr,
+              .y = args_.y.row(token) + row * element,
+              .y_stride = args_.y.row_stride * element,
+              .dtype = args_.y.dtype});
   }
 
-  int thread_count(std::int64_t units) const {
-    const std::int64_t macs = tokens_ * in_features_ * out_features_;
-    return static_cast<int>(std::max<std::int64_t>(
-        1, std::min({units, std::int64_t{args_.executor->num_threads()}, macs / kMacsPerThread})));
-  }
+  // ---- few tokens: every tile of packed weights is read once and multiplied with all of them
+  // -------------------------
 
-  // Runs work(unit, scratch) for every unit; threads take the next free one, so that a slow core delays nobody.
-  template <class MakeScratch, class Work>
-  void for_each_unit(std::int64_t units, const MakeScratch& make_scratch, const Work& work) {
-    const int threads = thread_count(units);
-    std::atomic<std::int64_t> next{0};
-    const auto task = [&](int) {
-      auto scratch = make_scratch();
-      std::uint32_t invalid = 0;
-      for (std::int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-        invalid |= work(unit, scratch);
-      }
-      if (invalid != 0) invalid_.fetch_or(invalid, std::memory_order_relaxed);
-    };
-    if (threads == 1) {
-      task(0);
-    } else {
-      args_.executor->run(threads, task);
-    }
-  }
-
-  // Few tokens: every tile of packed weights is read once and multiplied with all of them.
   void run_direct() {
-    const std::int64_t stride = k_padded_ * x_element_;
-    AlignedArray<std::byte> rows(tokens_ * stride);
-    AlignedArray<std::byte> packed(tokens_ * k_padded_ * f_.token_element);
-    AlignedArray<float> buffer(args_.x.dtype == DType::float32 ? 0 : in_features_);
-    std::vector<Activation> activations(static_cast<std::size_t>(tokens_));
+    const Thread caller = thread_buffers(0);
     for (std::int64_t m = 0; m < tokens_; ++m) {
-      activations[static_cast<std::size_t>(m)] = prepare_row(m, buffer.data(), rows.data() + m * stride);
+      buffers_.activations[m] = prepare_row(m, caller.floats, caller.rows + m * plan_.row_bytes);
     }
-    f_.pack_tokens(rows.data(), stride, tokens_, k_padded_, packed.data());
-    const std::int64_t tiles = ceil_div(out_features_, kTileRows);
+    f_.pack_tokens(caller.rows, plan_.row_bytes, tokens_, plan_.k_padded, buffers_.packed);
+    const std::int64_t tiles = ceil_div(shape_.out_features, kTileRows);
     // A unit is a run of adjacent tiles: long sequential reads are what memory serves best.
     const std::int64_t unit_tiles =
-        std::max<std::int64_t>(1, tiles / (8 * std::int64_t{args_.executor->num_threads()}));
-    const auto no_scratch = [] { return 0; };
-    for_each_unit(ceil_div(tiles, unit_tiles), no_scratch, [&](std::int64_t unit, int) {
+        plan_.most_threads == 1 ? tiles : std::max<std::int64_t>(1, tiles / (8 * std::int64_t{plan_.most_threads}));
+    for_each_unit(ceil_div(tiles, unit_tiles), [&](std::int64_t unit, const Thread& thread) {
       const std::int64_t last = std::min(tiles, (unit + 1) * unit_tiles);
       std::uint32_t invalid = 0;
-      for (std::int64_t tile = unit * unit_tiles; tile < last; ++tile) {
-        invalid |= direct_tile(tile, packed.data(), activations);
-      }
+      for (std::int64_t tile = unit * unit_tiles; tile < last; ++tile) invalid |= direct_tile(tile, thread);
+      note_invalid(invalid);
       tile_calls_.fetch_add(static_cast<std::uint64_t>(last - unit * unit_tiles), std::memory_order_relaxed);
-      return invalid;
     });
   }
 
-  std::uint32_t direct_tile(std::int64_t tile, const std::byte* packed,
-                            const std::vector<Activation>& activations) const {
+  std::uint32_t direct_tile(std::int64_t tile, const Thread& thread) const {
     alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kTileRows];
     const std::int64_t row = tile * kTileRows;
-    const std::int64_t rows = std::min(kTileRows, out_features_ - row);
-    for (std::int64_t m = 0; m < tokens_; ++m) {
-      start_sums(sums + m * kTileRows, kTileRows, activations[static_cast<std::size_t>(m)].sum);
-    }
-    const std::uint32_t invalid =
-        f_.direct(payload_ + row * payload_row_bytes_, rows, k_padded_ / kStepCodes, packed, tokens_, sums);
-    for (std::int64_t m = 0; m < tokens_; ++m) {
-      store(sums + m * kTileRows, m, row, rows, activations[static_cast<std::size_t>(m)].scale);
-    }
-    return invalid;
-  }
-
-  // Many tokens: blocks of them are packed, then multiplied panel by panel.
-  void run_blocks() {
-    const std::int64_t token_bytes = k_padded_ * f_.token_element;
-    const std::int64_t fitting = std::max<std::int64_t>(1, kActivationBlockBytes / token_bytes / f_.token_tile);
-    const std::int64_t block = std::min(round_up(tokens_, f_.token_tile), fitting * f_.token_tile);
-    AlignedArray<std::byte> packed(block * token_bytes);
-    std::vector<Activation> activations(static_cast<std::size_t>(block));
-    for (std::int64_t begin = 0; begin < tokens_; begin += block) {
-      const std::int64_t count = std::min(block, tokens_ - begin);
-      pack_block(begin, count, packed.data(), activations);
-      multiply_block(begin, count, packed.data(), activations);
-    }
-  }
-
-  struct PackScratch {
-    AlignedArray<float> buffer;
-    AlignedArray<std::byte> rows;
-  };
-
-  void pack_block(std::int64_t begin, std::int64_t count, std::byte* packed, std::vector<Activation>& activations) {
-    const std::int64_t stride = k_padded_ * x_element_;
-    const auto make_scratch = [&] {
-      return PackScratch{AlignedArray<float>(args_.x.dtype == DType::float32 ? 0 : in_features_),
-                         AlignedArray<std::byte>(f_.token_tile * stride)};
-    };
-    for_each_unit(ceil_div(count, f_.token_tile), make_scratch, [&](std::int64_t unit, PackScratch& scratch) {
-      const std::int64_t first = unit * f_.token_tile;
-      const std::int64_t tokens = std::min(f_.token_tile, count - first);
-      for (std::int64_t m = 0; m < tokens; ++m) {
-        activations[static_cast<std::size_t>(first + m)] =
-            prepare_row(begin + first + m, scratch.buffer.data(), scratch.rows.data() + m * stride);
-      }
-      for (std::int64_t k = 0; k < k_padded_; k += f_.k_block) {
-        const std::int64_t k_count = std::min(f_.k_block, k_padded_ - k);
-        f_.pack_tokens(scratch.rows.data() + k * x_element_, stride, tokens, k_count,
-                       packed + (first * k_padded_ + tokens * k) * f_.token_element);
-      }
-      return std::uint32_t{0};
-    });
-  }
-
-  struct PanelScratch {
-    AlignedArray<std::byte> panel;
-    AlignedArray<std::int32_t> sums;
-  };
-
-  void multiply_block(std::int64_t begin, std::int64_t count, const std::byte* packed,
-                      const std::vector<Activation>& activations) {
-    const std::int64_t panels = ceil_div(out_features_, f_.panel_rows);
-    // Where there are fewer panels than threads could take, the tokens are split as well.
-    const std::int64_t token_tiles = ceil_div(count, f_.token_tile);
-    const std::int64_t wanted = 4 * std::int64_t{args_.executor->num_threads()};
-    const std::int64_t splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, token_tiles);
-    const std::int64_t split_tokens = ceil_div(token_tiles, splits) * f_.token_tile;
-    const auto make_scratch = [&] {
-      return PanelScratch{
-          AlignedArray<std::byte>(std::min(f_.k_block, k_padded_) * f_.panel_rows * f_.panel_element),
-          AlignedArray<std::int32_t>(std::min(split_tokens, round_up(count, f_.token_tile)) * f_.panel_rows)};
-    };
-    for_each_unit(panels * splits, make_scratch, [&](std::int64_t unit, PanelScratch& scratch) {
-      const std::int64_t first = (unit % splits) * split_tokens;
-      const std::int64_t last = std::min(count, first + split_tokens);
-      if (first >= last) return std::uint32_t{0};
-      return multiply_panel(unit / splits, begin, first, last, packed, activations, scratch);
-    });
-  }
-
-  // Tokens [first, last) of the block that begins at token `begin`, times one panel of output rows.
-  std::uint32_t multiply_panel(std::int64_t panel, std::int64_t begin, std::int64_t first, std::int64_t last,
-                               const std::byte* packed, const std::vector<Activation>& activations,
-                               PanelScratch& scratch) {
-    const std::int64_t row = panel * f_.panel_rows;
-    const std::int64_t rows = std::min(f_.panel_rows, out_features_ - row);
-    const auto sums_of = [&](std::int64_t m) { return scratch.sums.data() + (m - first) * f_.panel_rows; };
-    for (std::int64_t m = first; m < last; ++m) {
-      start_sums(sums_of(m), f_.panel_rows, activations[static_cast<std::size_t>(m)].sum);
-    }
+    const std::int64_t rows = std::min(kTileRows, shape_.out_features - row);
+    for (std::int64_t m = 0; m < tokens_; ++m) start_sums(sums + m * kTileRows, kTileRows, buffers_.activations[m].sum);
+    const std::uint8_t* weights = payload_ + row * shape_.payload_row_bytes;
     std::uint32_t invalid = 0;
-    for (std::int64_t k = 0; k < k_padded_; k += f_.k_block) {
-      const std::int64_t k_count = std::min(f_.k_block, k_padded_ - k);
-      invalid |= f_.unpack_panel(payload_ + row * payload_row_bytes_, payload_row_bytes_, rows, k / kStepCodes,
-                                 (k + k_count) / kStepCodes, scratch.panel.data());
-      for (std::int64_t m = first; m < last; m += f_.token_tile) {
-        const std::int64_t tokens = std::min(f_.token_tile, last - m);
-        f_.gemm(scratch.panel.data(), packed + (m * k_padded_ + tokens * k) * f_.token_element, tokens, k_count,
-                sums_of(m));
-        tile_calls_.fetch_add(1, std::memory_order_relaxed);
+    if (plan_.recode) {
+      invalid |= recode(weights, rows, 0, shape_.steps(), thread.recoded);
+      invalid |= f_.direct(thread.recoded, rows, plan_.k_padded / kStepCodes, buffers_.packed, tokens_, sums);
+    } else {
+      const TileFunctions::Direct direct = shape_.layout == Layout::base3 ? f_.base3_direct : f_.direct;
+      invalid |= direct(weights, rows, shape_.steps(), buffers_.packed, tokens_, sums);
+    }
+    store(sums, kTileRows, 0, tokens_, row, rows, buffers_.activations);
+    return invalid;
+  }
+
+  // ---- many tokens: blocks of them are packed, then multiplied panel by panel
+  // ----------------------------------------
+
+  // Tiles of tokens are of equal size, up to one: no small last one that computes slowly.
+  std::int64_t token_tiles(std::int64_t count) const { return ceil_div(count, f_.token_tile); }
+  std::int64_t first_token(std::int64_t tile, std::int64_t count) const { return tile * count / token_tiles(count); }
+
+  // Where the tile of tokens [first, last) of a block begins, for the block of k that begins at k: all tiles of a block
+  // of k are adjacent, in the order in which gemm reads them.
+  std::byte* packed_tile(std::int64_t k, std::int64_t k_count, std::int64_t first, std::int64_t count) const {
+    return buffers_.packed + (k * count + first * k_count) * f_.token_element;
+  }
+
+  std::int64_t k_count(std::int64_t k) const { return std::min(plan_.k_block, plan_.k_padded - k); }
+
+  void pack_block(std::int64_t begin, std::int64_t count) {
+    for_each_unit(token_tiles(count), [&](std::int64_t tile, const Thread& thread) {
+      const std::int64_t first = first_token(tile, count);
+      const std::int64_t tokens = first_token(tile + 1, count) - first;
+      for (std::int64_t m = 0; m < tokens; ++m) {
+        buffers_.activations[first + m] =
+            prepare_row(begin + first + m, thread.floats, thread.rows + m * plan_.row_bytes);
+      }
+      for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
+        f_.pack_tokens(thread.rows + k * plan_.x_element, plan_.row_bytes, tokens, k_count(k),
+                       packed_tile(k, k_count(k), first, count));
+      }
+    });
+  }
+
+  void multiply_block(std::int64_t begin, std::int64_t count) {
+    const std::int64_t tiles = token_tiles(count);
+    const std::int64_t splits = std::min(plan_.splits, tiles);
+    for_each_unit(plan_.panels * splits, [&](std::int64_t unit, const Thread& thread) {
+      const std::int64_t split = unit % splits;
+      multiply_panel(unit / splits, begin, count, split * tiles / splits, (split + 1) * tiles / splits, thread);
+    });
+  }
+
+  // Token tiles [tile_begin, tile_end) of the block of `count` tokens that begins at token `begin`, times one panel.
+  void multiply_panel(std::int64_t panel, std::int64_t begin, std::int64_t count, std::int64_t tile_begin,
+                      std::int64_t tile_end, const Thread& thread) {
+    const std::int64_t row = panel * f_.panel_rows;
+    const std::int64_t rows = std::min(f_.panel_rows, shape_.out_features - row);
+    const std::int64_t base = first_token(tile_begin, count);
+    std::uint32_t invalid = 0;
+    for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
+      invalid |= unpack_panel(row, rows, k, thread);
+      for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
+        const std::int64_t first = first_token(tile, count);
+        const std::int64_t tokens = first_token(tile + 1, count) - first;
+        std::int32_t* sums = thread.sums + (first - base) * f_.panel_rows;
+        const Activation* x = buffers_.activations + first;
+        for (std::int64_t m = 0; k == 0 && m < tokens; ++m) {
+          start_sums(sums + m * f_.panel_rows, f_.panel_rows, x[m].sum);
+        }
+        f_.gemm(thread.panel, packed_tile(k, k_count(k), first, count), tokens, k_count(k), sums);
+        if (k + plan_.k_block >= plan_.k_padded) store(sums, f_.panel_rows, begin + first, tokens, row, rows, x);
       }
     }
-    for (std::int64_t m = first; m < last; ++m) {
-      store(sums_of(m), begin + m, row, rows, activations[static_cast<std::size_t>(m)].scale);
+    note_invalid(invalid);
+    const std::int64_t blocks = ceil_div(plan_.k_padded, plan_.k_block);
+    tile_calls_.fetch_add(static_cast<std::uint64_t>(blocks * (tile_end - tile_begin)), std::memory_order_relaxed);
+  }
+
+  std::uint32_t unpack_panel(std::int64_t row, std::int64_t rows, std::int64_t k, const Thread& thread) const {
+    const std::uint8_t* tiles = payload_ + row * shape_.payload_row_bytes;
+    const std::int64_t step = k / step_codes(shape_.layout);
+    const std::int64_t last = std::min(shape_.steps(), (k + plan_.k_block) / step_codes(shape_.layout));
+    if (!plan_.recode) {
+      const auto unpack = shape_.layout == Layout::base3 ? f_.base3_unpack_panel : f_.unpack_panel;
+      return unpack(tiles, shape_.payload_row_bytes, rows, step, last, thread.panel);
     }
-    return invalid;
+    const std::int64_t steps = k_count(k) / kStepCodes;
+    std::uint32_t invalid = 0;
+    for (std::int64_t r = 0; r < rows; r += kTileRows) {
+      invalid |= recode(tiles + r * shape_.payload_row_bytes, std::min(kTileRows, rows - r), step, last,
+                        thread.recoded + r * steps * 4);
+    }
+    return invalid | f_.unpack_panel(thread.recoded, steps * 4, rows, 0, steps, thread.panel);
+  }
+
+  std::uint32_t recode(const std::uint8_t* tile, std::int64_t rows, std::int64_t step_begin, std::int64_t step_end,
+                       std::uint8_t* recoded) const {
+    const auto function = f_.base3_recode != nullptr ? f_.base3_recode : recode_base3;
+    return function(tile, rows, step_begin, step_end, recoded);
   }
 
   const TileFunctions& f_;
   const LinearArgs& args_;
+  const PackedShape& shape_;
+  const Plan& plan_;
+  const Arena arena_;
+  const Buffers buffers_;
   const std::int64_t tokens_;
   const std::int64_t in_features_;
-  const std::int64_t out_features_;
-  const std::int64_t k_padded_;
-  const std::int64_t payload_row_bytes_;
   const std::uint8_t* const payload_;
-  const std::int64_t x_element_;  // bytes of an activation in row-major form
-  AlignedArray<float> w_scale_;   // one for each output row
-  AlignedArray<float> bias_;
   float tensor_scale_ = 0.0f;
   std::atomic<std::uint32_t> invalid_{0};
   std::atomic<std::uint64_t> tile_calls_{0};
 };
 
+std::size_t bytes_of(const TileFunctions& f, const Plan& plan, const PackedShape& shape) {
+  Arena measure;
+  Buffers(f, plan, shape, measure);
+  return measure.bytes();
+}
+
 }  // namespace
+
+std::size_t TiledKernel::workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig&,
+                                        int threads) const {
+  return tokens == 0 ? 0 : bytes_of(functions_, Plan(functions_, tokens, shape, threads), shape);
+}
 
 void TiledKernel::operator()(const LinearArgs& args) const {
   if (args.x.rows == 0) return;
-  count_tiles(Run(functions_, args).run());
+  const PackedShape shape = check_trailer(args.qweight, args.x.cols);
+  const Plan plan(functions_, args.x.rows, shape, args.executor->num_threads());
+  const auto run = [&](std::byte* memory) { count_tiles(Run(functions_, args, shape, plan, Arena(memory)).run()); };
+  const std::size_t bytes = bytes_of(functions_, plan, shape);
+  if (!args.workspace.empty()) {
+    assert(args.workspace.size() >= bytes);
+    run(args.workspace.data());
+  } else if (bytes <= kStackBytes) {
+    alignas(kCacheLine) std::byte memory[kStackBytes];
+    run(memory);
+  } else {
+    run(AlignedArray<std::byte>(static_cast<std::int64_t>(bytes)).data());
+  }
 }
 
 }  // namespace bitcore

@@ -24,6 +24,8 @@ class TiledKernel final : public BitKernelBase {
   bool is_compatible_with(const BitQuantConfig& config) const override {
     return config.activation_dtype == functions_.activation_dtype;
   }
+  std::size_t workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig& config,
+                             int threads) const override;
   void operator()(const LinearArgs& args) const override;
 
  private:

@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/base.h"
 #include "checks.h"
+#include "kernels/tile_functions.h"
 #include "ops/packing_internal.h"
 #include "parallel.h"
 #include "quantize-inl.h"
@@ -34,7 +36,9 @@ void check_qweight_scale(std::span<const float> scale, std::int64_t out_features
 }
 
 void check_scale_values(std::span<const float> scale) {
-  for (std::size_t i = 0; i < scale.size(); ++i) {
+  bool usable = true;
+  for (const float value : scale) usable &= value > 0.0f && value <= std::numeric_limits<float>::max();
+  for (std::size_t i = 0; !usable && i < scale.size(); ++i) {
     if (!(std::isfinite(scale[i]) && scale[i] > 0.0f)) {
       fail("qweight_scale must be finite and positive, got ", scale[i], " at ", i);
     }
@@ -55,12 +59,27 @@ void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, Cons
   check_shape(y.rows, y.cols, x.rows, qweight.rows, "y");
 }
 
+KernelRegistry::KernelPtr kernel_of(const BitQuantConfig& config, const Options& options) {
+  return options.kernel.empty() ? KernelRegistry::get_kernel_for_config(config)
+                                : KernelRegistry::get_kernel_by_name(options.kernel, config);
+}
+
+Executor& executor_of(const Options& options) {
+  return options.executor != nullptr ? *options.executor : default_executor();
+}
+
 void run_kernel(LinearArgs args, const Options& options) {
-  const KernelRegistry::KernelPtr kernel = options.kernel.empty()
-                                               ? KernelRegistry::get_kernel_for_config(args.config)
-                                               : KernelRegistry::get_kernel_by_name(options.kernel, args.config);
-  args.executor = options.executor != nullptr ? options.executor : &default_executor();
+  const KernelRegistry::KernelPtr kernel = kernel_of(args.config, options);
+  args.executor = &executor_of(options);
   if (args.qweight.dtype == DType::uint8) {
+    if (!options.workspace.empty()) {
+      const PackedShape shape = read_trailer(args.qweight);
+      const std::size_t needed = kernel->workspace_size(args.x.rows, shape, args.config, args.executor->num_threads());
+      if (options.workspace.size() < needed) {
+        fail("workspace has ", options.workspace.size(), " bytes, this call needs ", needed, ": see workspace_size");
+      }
+      args.workspace = options.workspace;
+    }
     (*kernel)(args);
     return;
   }
@@ -81,7 +100,7 @@ void check_weight(ConstMatrixView weight) {
 void pack_rows(ConstMatrixView weight, std::span<const float> scale, const PackedShape& shape, std::int64_t begin,
                std::int64_t end, std::uint8_t* payload) {
   std::vector<float> buffer(static_cast<std::size_t>(weight.cols));
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4), kZeroCode);
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()), kZeroCode);
   for (std::int64_t row = begin; row < end; ++row) {
     const float* values = reinterpret_cast<const float*>(weight.row(row));
     if (weight.dtype != DType::float32) {
@@ -136,6 +155,20 @@ PreparedWeights prepare_weights(ConstMatrixView weight, const BitQuantConfig& co
   return prepared;
 }
 
+std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const BitQuantConfig& config,
+                           const Options& options) {
+  if (rows < 0) fail("rows must be at least 0, got ", rows);
+  packed_shape(shape.out_features, shape.in_features, shape.layout);  // bounds of the sizes
+  const KernelRegistry::KernelPtr kernel = kernel_of(config, options);
+  const int threads = executor_of(options).num_threads();
+  // Fewer rows may go another way, which may need more.
+  std::size_t bytes = 0;
+  for (std::int64_t fewer = std::min<std::int64_t>(rows, kMostDirectTokens + 1); fewer >= 1; --fewer) {
+    bytes = std::max(bytes, kernel->workspace_size(fewer, shape, config, threads));
+  }
+  return std::max(bytes, kernel->workspace_size(rows, shape, config, threads));
+}
+
 void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight, ConstVectorView bias,
              const BitQuantConfig& config, MatrixView y, const Options& options) {
   check_floating(x.dtype, "x");
@@ -165,7 +198,7 @@ SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVe
   check_floating(x.dtype, "x");
   check_weight(weight);
   if (x.cols != weight.cols) fail("x has ", x.cols, " features, weight expects ", weight.cols);
-  Executor& executor = options.executor != nullptr ? *options.executor : default_executor();
+  Executor& executor = executor_of(options);
   SavedTensors saved;
   PreparedWeights& weights = saved.weights;
   weights.shape = packed_shape(weight.rows, weight.cols);
@@ -224,7 +257,7 @@ void backward_x(ConstMatrixView dy, const PreparedWeights& weights, MatrixView d
   const PackedShape& shape = weights.shape;
   for (std::int64_t m = 0; m < dx.rows; ++m) std::fill_n(float_row(dx, m), dx.cols, 0.0f);
   parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4));
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
     std::vector<float> row(static_cast<std::size_t>(shape.in_features));
     for (std::int64_t n = 0; n < shape.out_features; ++n) {
       unpack_code_row(weights.qweight.data(), shape, n, codes.data());

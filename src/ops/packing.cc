@@ -41,6 +41,16 @@ void check_trailer_zeros(ConstMatrixView packed, const PackedShape& shape) {
   }
 }
 
+bool holds_invalid_code(const std::uint8_t* payload, const PackedShape& shape) {
+  if (shape.layout == Layout::base3) {
+    return std::any_of(payload, payload + shape.payload_bytes(),
+                       [](std::uint8_t byte) { return byte > kMostBase3Byte; });
+  }
+  std::uint32_t invalid = 0;
+  for (std::int64_t i = 0; i < shape.payload_bytes(); i += 4) invalid |= invalid_codes(load_word(payload + i));
+  return invalid != 0;
+}
+
 // Code words of one row in payload order: word s of the row is `row_words[s * tile_rows]`.
 struct PackedRow {
   std::uint8_t* first_word;
@@ -53,23 +63,81 @@ PackedRow row_of(std::uint8_t* payload, const PackedShape& shape, std::int64_t r
   return {payload + tile * kTileRows * shape.payload_row_bytes + (row % kTileRows) * 4, tile_rows * 4};
 }
 
+// The word of kStepCodes codes: field f of byte j is code 4 f + j.
+std::uint32_t two_bit_word(const std::uint8_t* codes) {
+  return load_word(codes) | load_word(codes + 4) << 2 | load_word(codes + 8) << 4 | load_word(codes + 12) << 6;
+}
+
+// The word of kBase3StepCodes codes: digit f of byte j is code 4 f + j. No byte exceeds 242: nothing is carried.
+std::uint32_t base3_word(const std::uint8_t* codes) {
+  std::uint32_t word = load_word(codes + 16);
+  for (int f = 3; f >= 0; --f) word = 3 * word + load_word(codes + 4 * f);
+  return word;
+}
+
+template <std::uint32_t (*word_of)(const std::uint8_t*)>
+void pack_steps(const std::uint8_t* codes, const PackedShape& shape, const PackedRow& out) {
+  for (std::int64_t step = 0; step < shape.steps(); ++step) {
+    store_word(out.first_word + step * out.word_stride, word_of(codes + step * step_codes(shape.layout)));
+  }
+}
+
+std::uint32_t unpack_two_bit_word(std::uint32_t word, std::uint8_t* codes) {
+  for (int field = 0; field < 4; ++field) store_word(codes + 4 * field, (word >> (2 * field)) & 0x03030303u);
+  return invalid_codes(word);
+}
+
+std::uint32_t unpack_base3_word(std::uint32_t word, std::uint8_t* codes) {
+  std::uint32_t invalid = 0;
+  for (int byte = 0; byte < 4; ++byte) {
+    std::uint32_t rest = (word >> (8 * byte)) & 0xffu;
+    invalid |= rest > kMostBase3Byte;
+    for (int digit = 0; digit < kBase3Digits; ++digit, rest /= 3) {
+      codes[4 * digit + byte] = static_cast<std::uint8_t>(rest % 3);
+    }
+  }
+  return invalid;
+}
+
 }  // namespace
 
 Layout parse_layout(std::string_view text) {
   if (text == "auto") return Layout::automatic;
-  if (text == "2bit") return Layout::two_bit;
-  fail("layout must be 'auto' or '2bit', got '", text, "'");
+  for (const Layout layout : kLayouts) {
+    if (text == to_string(layout)) return layout;
+  }
+  fail("layout must be 'auto', '2bit' or '1.6bit', got '", text, "'");
 }
 
-std::string_view to_string(Layout layout) { return layout == Layout::automatic ? "auto" : "2bit"; }
+std::string_view to_string(Layout layout) {
+  switch (layout) {
+    case Layout::automatic:
+      return "auto";
+    case Layout::two_bit:
+      return "2bit";
+    case Layout::base3:
+      return "1.6bit";
+  }
+  return "unknown";
+}
+
+bool has_layout(std::int64_t in_features, Layout layout) {
+  return layout != Layout::base3 || ceil_div(in_features, kBase3StepCodes) < ceil_div(in_features, kStepCodes);
+}
 
 Layout automatic_layout(std::int64_t, std::int64_t) { return Layout::two_bit; }
 
-PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, Layout) {
+PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, Layout layout) {
   if (out_features < 1) fail("out_features must be at least 1, got ", out_features);
   if (in_features < 1) fail("in_features must be at least 1, got ", in_features);
   if (in_features > kMaxInFeatures) fail("in_features must be at most ", kMaxInFeatures, ", got ", in_features);
-  return {out_features, in_features, 4 * ceil_div(in_features, kStepCodes), ceil_div(kTrailerBytes, out_features)};
+  if (layout == Layout::automatic) layout = automatic_layout(out_features, in_features);
+  if (!has_layout(in_features, layout)) {
+    fail("layout '", to_string(layout), "' does not exist for ", in_features,
+         " in_features: it would be no smaller than '2bit'");
+  }
+  return {out_features, in_features, 4 * ceil_div(in_features, step_codes(layout)),
+          ceil_div(kTrailerBytes, out_features), layout};
 }
 
 std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) {
@@ -95,26 +163,22 @@ std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) 
 
 void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int64_t row, std::uint8_t* payload) {
   const PackedRow out = row_of(payload, shape, row);
-  const std::int64_t steps = shape.payload_row_bytes / 4;
-  for (std::int64_t step = 0; step < steps; ++step) {
-    const std::uint8_t* group = codes + step * kStepCodes;
-    const std::uint32_t word =
-        load_word(group) | load_word(group + 4) << 2 | load_word(group + 8) << 4 | load_word(group + 12) << 6;
-    store_word(out.first_word + step * out.word_stride, word);
+  if (shape.layout == Layout::two_bit) {
+    pack_steps<two_bit_word>(codes, shape, out);
+  } else {
+    pack_steps<base3_word>(codes, shape, out);
   }
 }
 
 std::uint32_t unpack_code_row(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row,
                               std::uint8_t* codes) {
   const PackedRow in = row_of(const_cast<std::uint8_t*>(payload), shape, row);
-  const std::int64_t steps = shape.payload_row_bytes / 4;
+  const bool two_bit = shape.layout == Layout::two_bit;
   std::uint32_t invalid = 0;
-  for (std::int64_t step = 0; step < steps; ++step) {
+  for (std::int64_t step = 0; step < shape.steps(); ++step) {
     const std::uint32_t word = load_word(in.first_word + step * in.word_stride);
-    invalid |= invalid_codes(word);
-    for (int field = 0; field < 4; ++field) {
-      store_word(codes + step * kStepCodes + 4 * field, (word >> (2 * field)) & 0x03030303u);
-    }
+    invalid |= two_bit ? unpack_two_bit_word(word, codes + step * kStepCodes)
+                       : unpack_base3_word(word, codes + step * kBase3StepCodes);
   }
   return invalid;
 }
@@ -124,7 +188,7 @@ void write_trailer(const PackedShape& shape, std::uint8_t* packed) {
   std::memset(trailer, 0, static_cast<std::size_t>(shape.out_features * shape.trailer_row_bytes));
   std::memcpy(trailer, kMagic, sizeof(kMagic));
   store_le(trailer + 8, kVersion, 4);
-  store_le(trailer + 12, static_cast<std::uint32_t>(Layout::two_bit), 4);
+  store_le(trailer + 12, static_cast<std::uint32_t>(shape.layout), 4);
   store_le(trailer + 16, static_cast<std::uint64_t>(shape.out_features), 8);
   store_le(trailer + 24, static_cast<std::uint64_t>(shape.in_features), 8);
   store_le(trailer + 32, payload_checksum(packed, shape.payload_bytes()), 8);
@@ -144,7 +208,7 @@ PackedShape read_trailer(ConstMatrixView packed) {
   const std::int64_t payload_row_bytes = packed.cols - trailer_row_bytes;
   if (payload_row_bytes < 4 || payload_row_bytes % 4 != 0) {
     fail("qweight has shape (", packed.rows, ", ", packed.cols, "), which is no packed weight: expected (", packed.rows,
-         ", 4 * ceil(in_features / 16) + ", trailer_row_bytes, ")");
+         ", 4 * ceil(in_features / 16 or 20) + ", trailer_row_bytes, ")");
   }
   const std::uint8_t* trailer = trailer_of(packed);
   if (std::memcmp(trailer, kMagic, sizeof(kMagic)) != 0) {
@@ -153,7 +217,10 @@ PackedShape read_trailer(ConstMatrixView packed) {
   const std::uint64_t version = load_le(trailer + 8, 4);
   if (version != kVersion) fail("qweight has format version ", version, ", this BitLab reads ", kVersion);
   const std::uint64_t layout = load_le(trailer + 12, 4);
-  if (layout != static_cast<std::uint64_t>(Layout::two_bit)) fail("qweight has the unknown layout ", layout);
+  if (std::none_of(std::begin(kLayouts), std::end(kLayouts),
+                   [&](Layout known) { return layout == static_cast<std::uint64_t>(known); })) {
+    fail("qweight has the unknown layout ", layout);
+  }
   const std::uint64_t out_features = load_le(trailer + 16, 8);
   if (out_features != static_cast<std::uint64_t>(packed.rows)) {
     fail("qweight has ", packed.rows, " rows, its trailer says ", out_features);
@@ -162,7 +229,8 @@ PackedShape read_trailer(ConstMatrixView packed) {
   if (in_features < 1 || in_features > static_cast<std::uint64_t>(kMaxInFeatures)) {
     fail("qweight has a damaged trailer: in_features is ", in_features);
   }
-  const PackedShape shape = packed_shape(packed.rows, static_cast<std::int64_t>(in_features));
+  const PackedShape shape =
+      packed_shape(packed.rows, static_cast<std::int64_t>(in_features), static_cast<Layout>(layout));
   if (shape.row_bytes() != packed.cols) {
     fail("qweight has ", packed.cols, " bytes in a row, its trailer's ", in_features, " in_features take ",
          shape.row_bytes());
@@ -170,12 +238,11 @@ PackedShape read_trailer(ConstMatrixView packed) {
   return shape;
 }
 
-PackedShape check_trailer(ConstMatrixView packed, std::int64_t in_features, Layout* layout) {
+PackedShape check_trailer(ConstMatrixView packed, std::int64_t in_features) {
   const PackedShape shape = read_trailer(packed);
   if (shape.in_features != in_features) {
     fail("in_features is ", in_features, ", but qweight was prepared for ", shape.in_features);
   }
-  if (layout != nullptr) *layout = Layout::two_bit;
   return shape;
 }
 
@@ -186,9 +253,7 @@ void check_qweight(ConstMatrixView packed, std::int64_t in_features) {
   const std::uint64_t stored = load_le(payload + shape.payload_bytes() + 32, 8);
   const std::uint64_t found = payload_checksum(payload, shape.payload_bytes());
   if (stored != found) fail("qweight is damaged: its checksum is ", found, ", its trailer says ", stored);
-  std::uint32_t invalid = 0;
-  for (std::int64_t i = 0; i < shape.payload_bytes(); i += 4) invalid |= invalid_codes(load_word(payload + i));
-  if (invalid != 0) fail_invalid_code();
+  if (holds_invalid_code(payload, shape)) fail_invalid_code();
 }
 
 void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout) {
@@ -196,7 +261,7 @@ void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout) {
   const PackedShape shape = packed_shape(qweight.rows, qweight.cols, layout);
   check_packed_output(packed, shape);
   auto* bytes = static_cast<std::uint8_t*>(packed.data);
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4), kZeroCode);
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()), kZeroCode);
   for (std::int64_t row = 0; row < shape.out_features; ++row) {
     const auto* values = reinterpret_cast<const std::int8_t*>(qweight.row(row));
     for (std::int64_t k = 0; k < shape.in_features; ++k) {
@@ -219,14 +284,10 @@ std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout) {
 
 void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify) {
   check_dtype(qweight.dtype, DType::int8, "the unpacked weight");
-  if (verify == Verify::every_byte) {
-    check_qweight(packed, qweight.cols);
-  } else {
-    check_trailer(packed, qweight.cols);
-  }
+  if (verify == Verify::every_byte) check_qweight(packed, qweight.cols);
+  const PackedShape shape = check_trailer(packed, qweight.cols);
   check_shape(qweight.rows, qweight.cols, packed.rows, qweight.cols, "the unpacked weight");
-  const PackedShape shape = packed_shape(packed.rows, qweight.cols);
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.payload_row_bytes * 4));
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
   for (std::int64_t row = 0; row < shape.out_features; ++row) {
     unpack_code_row(static_cast<const std::uint8_t*>(packed.data), shape, row, codes.data());
     auto* values = reinterpret_cast<std::int8_t*>(qweight.row(row));

@@ -9,8 +9,13 @@
 
 namespace bitcore {
 
-/// Codes of one row in one 32-bit word, at 2 bits.
-inline constexpr std::int64_t kStepCodes = 16;
+/// Codes of one row in one 32-bit word, at 2 bits and at 1.6.
+inline constexpr std::int64_t kStepCodes = step_codes(Layout::two_bit);
+inline constexpr std::int64_t kBase3StepCodes = step_codes(Layout::base3);
+
+/// Five digits in base 3 make a byte of at most 242.
+inline constexpr int kBase3Digits = 5;
+inline constexpr std::uint8_t kMostBase3Byte = 242;
 
 /// The code of weight 0, also that of padding.
 inline constexpr std::uint8_t kZeroCode = 1;
@@ -29,7 +34,7 @@ inline void store_word(std::uint8_t* bytes, std::uint32_t word) { std::memcpy(by
 /// Nonzero where one of the 16 two-bit fields is 3.
 inline std::uint32_t invalid_codes(std::uint32_t word) { return word & (word >> 1) & 0x55555555u; }
 
-/// Packs one row of codes (0, 1, 2), padded with kZeroCode to a multiple of kStepCodes.
+/// Packs one row of codes (0, 1, 2), padded with kZeroCode to shape.padded_in_features().
 void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int64_t row, std::uint8_t* payload);
 
 /// Inverse of pack_code_row, padding included; nonzero where a code is invalid.

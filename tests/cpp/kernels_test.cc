@@ -31,17 +31,25 @@ struct Layer {
   Floats scale;
   Floats bias;
   std::int64_t out_features, in_features;
+  Layout layout = Layout::two_bit;
 
   Layer(const BitQuantConfig& layer_config, std::int64_t rows, std::int64_t cols, unsigned seed)
       : config(layer_config), out_features(rows), in_features(cols) {
-    packed = pack_weights({random_codes(rows * cols, seed).data(), rows, cols});
+    packed = pack_weights({random_codes(rows * cols, seed).data(), rows, cols}, layout);
     scale = random_floats(weight_scale_size(rows, config), seed + 1);
     for (float& s : scale) s = std::fabs(s) + 0.01f;
     bias = random_floats(rows, seed + 2);
   }
 
   ConstMatrixView qweight() const {
-    return {packed.data(), out_features, packed_shape(out_features, in_features).row_bytes()};
+    return {packed.data(), out_features, packed_shape(out_features, in_features, layout).row_bytes()};
+  }
+
+  Layer in_layout(Layout other) const {
+    Layer copy = *this;
+    copy.packed = repack(qweight(), in_features, other);
+    copy.layout = other;
+    return copy;
   }
 
   Floats forward(const Floats& x, std::string_view kernel, Executor* executor = nullptr) const {
@@ -89,8 +97,7 @@ void expect_close(const Layer& layer, const Floats& x, const Floats& y, const Fl
   }
 }
 
-void check_all_kernels(const Layer& layer, const Floats& x) {
-  const Floats expected = layer.forward(x, "ReferenceKernel", &serial_executor());
+void check_all_kernels(const Layer& layer, const Floats& x, const Floats& expected) {
   ::bitcore::testing::TwoThreads two_threads;
   for (const std::string& kernel : kernels_for(layer.config)) {
     SCOPED_TRACE(kernel);
@@ -106,6 +113,16 @@ void check_all_kernels(const Layer& layer, const Floats& x) {
     }
     EXPECT_EQ(bits_of(layer.forward(x, kernel, &two_threads)), bits_of(one)) << "two threads";
     EXPECT_EQ(bits_of(layer.forward(x, kernel)), bits_of(one)) << "default executor";
+  }
+}
+
+// In every layout, the reference included.
+void check_all_kernels(const Layer& layer, const Floats& x) {
+  const Floats expected = layer.forward(x, "ReferenceKernel", &serial_executor());
+  for (const Layout layout : kLayouts) {
+    if (!has_layout(layer.in_features, layout)) continue;
+    SCOPED_TRACE(to_string(layout));
+    check_all_kernels(layer.in_layout(layout), x, expected);
   }
 }
 

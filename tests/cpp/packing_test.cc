@@ -26,19 +26,22 @@ std::uint8_t slow_code(const Codes& codes, Size size, std::int64_t row, std::int
              : std::uint8_t{1};
 }
 
-// The payload by the definition: tiles of 16 rows, steps of 16 k, a word a row, byte j field f holds k = 16 s + 4 f +
-// j.
-std::vector<std::uint8_t> slow_payload(const Codes& codes, Size size) {
+// The payload by the definition: tiles of 16 rows, steps of 16 or 20 k, a word a row; field or digit f of byte j holds
+// k = 16 s + 4 f + j or 20 s + 4 f + j.
+std::vector<std::uint8_t> slow_payload(const Codes& codes, Size size, Layout layout) {
   std::vector<std::uint8_t> payload;
-  const std::int64_t steps = (size.in_features + 15) / 16;
+  const int fields = layout == Layout::base3 ? 5 : 4;
+  const int worth = layout == Layout::base3 ? 3 : 4;  // of a field, in units of the one before
+  const std::int64_t step_size = 4 * fields;
+  const std::int64_t steps = (size.in_features + step_size - 1) / step_size;
   for (std::int64_t tile = 0; tile < size.out_features; tile += 16) {
     const std::int64_t last = std::min(size.out_features, tile + 16);
     for (std::int64_t step = 0; step < steps; ++step) {
       for (std::int64_t row = tile; row < last; ++row) {
         for (int byte = 0; byte < 4; ++byte) {
           int value = 0;
-          for (int field = 0; field < 4; ++field) {
-            value |= slow_code(codes, size, row, 16 * step + 4 * field + byte) << (2 * field);
+          for (int field = fields - 1; field >= 0; --field) {
+            value = worth * value + slow_code(codes, size, row, step_size * step + 4 * field + byte);
           }
           payload.push_back(static_cast<std::uint8_t>(value));
         }
@@ -50,40 +53,106 @@ std::vector<std::uint8_t> slow_payload(const Codes& codes, Size size) {
 
 class Packing : public ::testing::TestWithParam<Size> {};
 
+std::vector<Layout> layouts_of(Size size) {
+  std::vector<Layout> layouts;
+  std::copy_if(std::begin(kLayouts), std::end(kLayouts), std::back_inserter(layouts),
+               [&](Layout layout) { return has_layout(size.in_features, layout); });
+  return layouts;
+}
+
 TEST_P(Packing, PayloadIsTheDocumentedOne) {
   const Size size = GetParam();
   const Codes codes = random_codes(size.out_features * size.in_features, 1);
-  const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
-  const std::vector<std::uint8_t> expected = slow_payload(codes, size);
-  const PackedShape shape = packed_shape(size.out_features, size.in_features);
-  ASSERT_EQ(static_cast<std::int64_t>(expected.size()), shape.payload_bytes());
-  ASSERT_EQ(
-      static_cast<std::int64_t>(packed.size()),
-      size.out_features * (4 * ((size.in_features + 15) / 16) + (64 + size.out_features - 1) / size.out_features));
-  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), packed.begin()));
+  for (const Layout layout : layouts_of(size)) {
+    const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features}, layout);
+    const std::vector<std::uint8_t> expected = slow_payload(codes, size, layout);
+    const PackedShape shape = packed_shape(size.out_features, size.in_features, layout);
+    ASSERT_EQ(static_cast<std::int64_t>(expected.size()), shape.payload_bytes());
+    const std::int64_t step = layout == Layout::base3 ? 20 : 16;
+    ASSERT_EQ(static_cast<std::int64_t>(packed.size()),
+              size.out_features *
+                  (4 * ((size.in_features + step - 1) / step) + (64 + size.out_features - 1) / size.out_features));
+    EXPECT_TRUE(std::equal(expected.begin(), expected.end(), packed.begin()));
+  }
 }
 
 TEST_P(Packing, UnpackAndRepackInvertIt) {
   const Size size = GetParam();
   const Codes codes = random_codes(size.out_features * size.in_features, 2);
-  const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
-  Codes unpacked(codes.size(), 9);
-  unpack_weights(view(packed, size.out_features), {unpacked.data(), size.out_features, size.in_features});
-  EXPECT_EQ(unpacked, codes);
-  EXPECT_EQ(repack(view(packed, size.out_features), size.in_features, Layout::two_bit), packed);
+  for (const Layout layout : layouts_of(size)) {
+    const std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features}, layout);
+    Codes unpacked(codes.size(), 9);
+    unpack_weights(view(packed, size.out_features), {unpacked.data(), size.out_features, size.in_features});
+    EXPECT_EQ(unpacked, codes);
+    for (const Layout other : layouts_of(size)) {
+      EXPECT_EQ(repack(view(packed, size.out_features), size.in_features, other),
+                pack_weights({codes.data(), size.out_features, size.in_features}, other));
+    }
+  }
+}
+
+TEST(Layouts, TheSmallerOneExists) {
+  for (std::int64_t in_features = 1; in_features <= 1000; ++in_features) {
+    const std::int64_t two_bit = packed_shape(1, in_features, Layout::two_bit).payload_row_bytes;
+    const std::int64_t base3 = 4 * ((in_features + 19) / 20);
+    EXPECT_EQ(has_layout(in_features, Layout::base3), base3 < two_bit) << in_features;
+    EXPECT_TRUE(in_features < 65 || has_layout(in_features, Layout::base3)) << in_features;
+    if (base3 < two_bit) {
+      EXPECT_EQ(packed_shape(1, in_features, Layout::base3).payload_row_bytes, base3);
+    } else {
+      expect_error<QuantizationError>([&] { packed_shape(1, in_features, Layout::base3); },
+                                      {"1.6bit", std::to_string(in_features)});
+    }
+  }
+}
+
+TEST(Layouts, NamesAreReadBack) {
+  for (const Layout layout : {Layout::automatic, Layout::two_bit, Layout::base3}) {
+    EXPECT_EQ(parse_layout(to_string(layout)), layout);
+  }
+  expect_error<QuantizationError>([] { parse_layout("3bit"); }, {"layout", "'auto', '2bit' or '1.6bit'", "3bit"});
+}
+
+// Every byte value, in every place of a step: the digits it has, or a refusal.
+TEST(Layouts, EveryByteOfBase3) {
+  const std::int64_t in_features = 80;
+  const Codes zeros(static_cast<std::size_t>(in_features), 0);
+  std::vector<std::uint8_t> packed = pack_weights({zeros.data(), 1, in_features}, Layout::base3);
+  for (std::size_t place = 0; place < 16; ++place) {
+    for (int byte = 0; byte < 256; ++byte) {
+      std::vector<std::uint8_t> changed = packed;
+      changed[place] = static_cast<std::uint8_t>(byte);
+      const std::uint64_t checksum = payload_checksum(changed.data(), 16);
+      for (std::size_t i = 0; i < 8; ++i) changed[16 + 32 + i] = static_cast<std::uint8_t>(checksum >> (8 * i));
+      Codes codes(zeros.size());
+      const auto unpack = [&] { unpack_weights(view(changed, 1), {codes.data(), 1, in_features}); };
+      if (byte > 242) {
+        expect_error<QuantizationError>(unpack, {"invalid code"});
+        continue;
+      }
+      unpack();
+      int rest = byte;
+      for (std::size_t digit = 0; digit < 5; ++digit, rest /= 3) {
+        const std::size_t k = 20 * (place / 4) + 4 * digit + place % 4;
+        EXPECT_EQ(codes[k], rest % 3 - 1) << "byte " << byte << " k " << k;
+      }
+    }
+  }
 }
 
 TEST_P(Packing, EveryChangedByteIsFound) {
   const Size size = GetParam();
   const Codes codes = random_codes(size.out_features * size.in_features, 3);
-  std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features});
-  check_qweight(view(packed, size.out_features), size.in_features);
-  const std::size_t step = std::max<std::size_t>(1, packed.size() / 257);
-  for (std::size_t i = 0; i<packed.size(); i += i + 200> packed.size() ? 1 : step) {
-    for (const std::uint8_t change : {0x01, 0x10, 0xff}) {
-      packed[i] ^= change;
-      EXPECT_THROW(check_qweight(view(packed, size.out_features), size.in_features), QuantizationError) << i;
-      packed[i] ^= change;
+  for (const Layout layout : layouts_of(size)) {
+    std::vector<std::uint8_t> packed = pack_weights({codes.data(), size.out_features, size.in_features}, layout);
+    check_qweight(view(packed, size.out_features), size.in_features);
+    const std::size_t step = std::max<std::size_t>(1, packed.size() / 257);
+    for (std::size_t i = 0; i<packed.size(); i += i + 200> packed.size() ? 1 : step) {
+      for (const std::uint8_t change : {0x01, 0x10, 0xff}) {
+        packed[i] ^= change;
+        EXPECT_THROW(check_qweight(view(packed, size.out_features), size.in_features), QuantizationError) << i;
+        packed[i] ^= change;
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -22,8 +23,9 @@ struct LinearArgs {
   ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
   ConstVectorView bias;     ///< Floating, or none.
   BitQuantConfig config;
-  MatrixView y;        ///< Floating (M, out_features).
-  Executor* executor;  ///< Never null.
+  MatrixView y;                         ///< Floating (M, out_features).
+  Executor* executor;                   ///< Never null.
+  std::span<std::byte> workspace = {};  ///< At least workspace_size() bytes, of any alignment; or empty.
 };
 
 /// Base class of every kernel. A kernel reads the standard packed form, keeps no state between calls, and is called by
@@ -44,7 +46,15 @@ class BitKernelBase {
   /// Whether the kernel computes this config.
   virtual bool is_compatible_with(const BitQuantConfig& config) const = 0;
 
-  /// Computes args.y by the contract.
+  /// Bytes of scratch memory with which a call for `tokens` rows of x on up to `threads` threads allocates nothing.
+  /// 0 (unless overridden): the kernel takes none and may allocate.
+  virtual std::size_t workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig& config,
+                                     int threads) const {
+    static_cast<void>(tokens), static_cast<void>(shape), static_cast<void>(config), static_cast<void>(threads);
+    return 0;
+  }
+
+  /// Computes args.y by the contract. Sizes and layout of args.qweight: check_trailer(args.qweight, args.x.cols).
   /// @throws QuantizationError where the payload of qweight holds an invalid code (y is then unspecified).
   virtual void operator()(const LinearArgs& args) const = 0;
 

@@ -7,6 +7,7 @@
 /// the same for every kernel and thread count. All functions are re-entrant.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -30,8 +31,9 @@ struct PreparedWeights {
 
 /// How a call runs, never what it returns.
 struct Options {
-  Executor* executor = nullptr;  ///< Null: default_executor().
-  std::string_view kernel = {};  ///< A kernel's name; empty: the registry's choice.
+  Executor* executor = nullptr;         ///< Null: default_executor().
+  std::string_view kernel = {};         ///< A kernel's name; empty: the registry's choice.
+  std::span<std::byte> workspace = {};  ///< Scratch memory of workspace_size() bytes; empty: forward allocates it.
 };
 
 /// Scale, ternary codes and packing in one go.
@@ -49,6 +51,14 @@ enum class NonFinite {
 /// (out_features, packed_shape().row_bytes()), contiguous.
 void prepare_weights_into(ConstMatrixView weight, const BitQuantConfig& config, Layout layout, NonFinite non_finite,
                           std::span<float> scale, MatrixView qweight, Executor& executor);
+
+/// Bytes of scratch memory with which forward() on packed weights allocates nothing, for up to `rows` rows of x of any
+/// dtype and with the same options. Any alignment will do; concurrent calls need one each. 0 where the kernel (the
+/// reference, one that a user registered) takes no workspace and may allocate.
+/// @param shape Of the packed weight: PreparedWeights::shape, or what check_trailer() returns.
+/// @throws KernelNotFoundError
+std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const BitQuantConfig& config,
+                           const Options& options = {});
 
 /// Inference.
 /// @param qweight Packed uint8, or plain int8 codes (out_features, in_features), which are packed on every call (slow).

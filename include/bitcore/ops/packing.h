@@ -14,13 +14,24 @@ namespace bitcore {
 /// How the payload of a packed weight stores its codes. The values are those of the trailer's layout field.
 enum class Layout : std::uint32_t {
   automatic = 0,  ///< The fixed rule of automatic_layout(); never stored.
-  two_bit = 1,    ///< Four codes in a byte.
+  two_bit = 1,    ///< "2bit": four codes in a byte, 2 bits each.
+  base3 = 2,      ///< "1.6bit": five codes in a byte, the digits of a number in base 3.
 };
 
-/// "auto" or "2bit".
+/// The layouts that a packed weight can have.
+inline constexpr Layout kLayouts[] = {Layout::two_bit, Layout::base3};
+
+/// "auto", "2bit" or "1.6bit".
 /// @throws QuantizationError for any other text.
 Layout parse_layout(std::string_view text);
 std::string_view to_string(Layout layout);
+
+/// Codes of one row in one 32-bit word of the payload: 16 at 2 bits, 20 at 1.6 bits.
+constexpr std::int64_t step_codes(Layout layout) { return layout == Layout::base3 ? 20 : 16; }
+
+/// Whether a layout exists for this number of columns. 2bit always does; 1.6bit where it is smaller, which it is for
+/// 17 to 20, 33 to 40, 49 to 60 columns and from 65 on: so in_features and the size of a row name the layout.
+bool has_layout(std::int64_t in_features, Layout layout);
 
 /// What `Layout::automatic` stands for: a fixed rule of the shape alone, the same on every machine.
 Layout automatic_layout(std::int64_t out_features, std::int64_t in_features);
@@ -40,13 +51,17 @@ struct PackedShape {
   std::int64_t in_features = 0;
   std::int64_t payload_row_bytes = 0;  ///< R
   std::int64_t trailer_row_bytes = 0;  ///< T
+  Layout layout = Layout::two_bit;     ///< Never automatic.
 
+  std::int64_t steps() const { return payload_row_bytes / 4; }
+  std::int64_t padded_in_features() const { return steps() * step_codes(layout); }
   std::int64_t row_bytes() const { return payload_row_bytes + trailer_row_bytes; }
   std::int64_t payload_bytes() const { return out_features * payload_row_bytes; }
   std::int64_t bytes() const { return out_features * row_bytes(); }
 };
 
-/// @throws QuantizationError where a size is below 1 or in_features is above kMaxInFeatures.
+/// @throws QuantizationError where a size is below 1, in_features is above kMaxInFeatures, or the layout does not exist
+/// for in_features.
 PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, Layout layout = Layout::automatic);
 
 /// Packs int8 codes of shape (out_features, in_features) into `packed`, uint8 of shape
@@ -60,7 +75,7 @@ std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout = 
 /// How much of a packed weight is checked before it is read.
 enum class Verify {
   every_byte,  ///< As check_qweight.
-  trailer,     ///< As check_trailer; an invalid code is unpacked as 2.
+  trailer,     ///< As check_trailer; what an invalid code is unpacked as is unspecified (0, 1, 2 or -1).
 };
 
 /// Inverse of pack_weights: writes int8 codes of shape (out_features, in_features).
@@ -74,10 +89,9 @@ std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_feature
 /// @throws QuantizationError that says what is damaged.
 void check_qweight(ConstMatrixView packed, std::int64_t in_features);
 
-/// The constant-time part of check_qweight: dtype, shape and trailer, not the payload. Returns the sizes and sets
-/// `layout`.
+/// The constant-time part of check_qweight: dtype, shape and trailer, not the payload. Returns sizes and layout.
 /// @throws QuantizationError
-PackedShape check_trailer(ConstMatrixView packed, std::int64_t in_features, Layout* layout = nullptr);
+PackedShape check_trailer(ConstMatrixView packed, std::int64_t in_features);
 
 /// The trailer's checksum: with w_i the payload's little-endian 32-bit words, sum of w_i * P^i modulo 2^64,
 /// P = 0x9E3779B97F4A7C15. P is odd, so that a change of any one word changes the sum.
