@@ -11,7 +11,8 @@ from bitcore.config import BitQuantConfig, all_configs
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.registry import bind, find
-from bitcore.ops import _ops
+from bitcore.ops import _checks, _ops
+from bitcore.ops.packing import repack
 
 __all__ = ["assert_same_bits", "check_kernel"]
 
@@ -32,7 +33,7 @@ def check_kernel(kernel: BitKernelBase | type[BitKernelBase] | str, device: str 
 
     int8 activations: the same bits as the contract's plain torch operations; float32 activations: within the bound of
     float32 summation. Over odd shapes, dtypes, leading dimensions, strides, extreme and non-finite activations, with
-    and without bias, from several threads.
+    and without bias, in both layouts of the standard form, from several threads.
 
     Args:
         kernel: An instance, a class that takes no arguments, or a name that the registry knows.
@@ -114,6 +115,13 @@ def _check_case(kernel: BitKernelBase, config: BitQuantConfig, case: _Case) -> N
     for tensor, copy in zip(arguments, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), f"{what}: an argument was written to"
     expected, tolerance = _expected(config, case)
+    if kernel.has_standard_form() and _checks.has_layout("1.6bit", case.weight.shape[1]):
+        smaller = repack(qweight, case.weight.shape[1], "1.6bit")
+        _compare(config, kernel(case.x, scale, smaller, case.bias, config), expected, tolerance, f"{what}, 1.6bit")
+    _compare(config, y, expected, tolerance, what)
+
+
+def _compare(config: BitQuantConfig, y: Tensor, expected: Tensor, tolerance: Tensor, what: str) -> None:
     if config.activation_dtype == "int8":
         assert_same_bits(y, expected, what)
         return

@@ -16,6 +16,9 @@ MAX_IN_FEATURES = 2**24 - 1
 
 MIN_TRAILER_BYTES = 64
 
+STEP_CODES = {"2bit": 16, "1.6bit": 20}
+"""The layouts of a packed weight, and how many codes each has in a 32-bit word."""
+
 
 def require(condition: bool, message: str) -> None:
     """Raises QuantizationError(message) unless the condition holds."""
@@ -40,14 +43,37 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def packed_row_bytes(out_features: int, in_features: int) -> tuple[int, int]:
-    """Bytes of payload and of trailer for each output row of a packed weight, layout 2bit."""
-    return 4 * ((in_features + 15) // 16), (MIN_TRAILER_BYTES + out_features - 1) // out_features
+def packed_row_bytes(out_features: int, in_features: int, layout: str = "auto") -> tuple[int, int]:
+    """Bytes of payload and of trailer for each output row of a packed weight."""
+    codes = STEP_CODES[chosen_layout(layout, in_features)]
+    return 4 * ((in_features + codes - 1) // codes), (MIN_TRAILER_BYTES + out_features - 1) // out_features
 
 
-def layout(name: str) -> None:
-    """A layout's name; there is one, and "auto" stands for it."""
-    require(name in ("auto", "2bit"), f'layout is "{name}", expected "auto" or "2bit"')
+def has_layout(layout: str, in_features: int) -> bool:
+    """Whether a layout exists for so many columns: "2bit" always, "1.6bit" where it is smaller."""
+    return layout == "2bit" or (in_features + 19) // 20 < (in_features + 15) // 16
+
+
+def chosen_layout(layout: str, in_features: int) -> str:
+    """The layout that a name stands for; "auto" is "2bit" for every shape."""
+    if layout == "auto":
+        return "2bit"
+    if layout not in STEP_CODES:
+        raise QuantizationError(f'layout is "{layout}", expected "auto", "2bit" or "1.6bit"')
+    if not has_layout(layout, in_features):
+        raise QuantizationError(
+            f'layout "{layout}" does not exist for {in_features} in_features: it would be no smaller than "2bit"'
+        )
+    return layout
+
+
+def layout_of(qweight: Tensor, in_features: int) -> str | None:
+    """The layout that a packed weight's size names; None where it is that of no layout."""
+    out_features, row_bytes = qweight.shape
+    for layout in STEP_CODES:
+        if has_layout(layout, in_features) and row_bytes == sum(packed_row_bytes(out_features, in_features, layout)):
+            return layout
+    return None
 
 
 def torch_kernel_only(kernel_name: str | None, device: torch.device) -> None:
@@ -132,12 +158,16 @@ def packed(qweight: Tensor, in_features: int) -> None:
         1 <= in_features <= MAX_IN_FEATURES,
         f"in_features is {in_features}, expected at least 1 and at most {MAX_IN_FEATURES}",
     )
-    expected = sum(packed_row_bytes(out_features, in_features))
-    require(
-        row_bytes == expected,
-        f"qweight has {row_bytes} bytes a row, expected {expected} for {out_features} out_features "
-        f"and {in_features} in_features",
-    )
+    if layout_of(qweight, in_features) is None:
+        sizes = [
+            str(sum(packed_row_bytes(out_features, in_features, layout)))
+            for layout in STEP_CODES
+            if has_layout(layout, in_features)
+        ]
+        raise QuantizationError(
+            f"qweight has {row_bytes} bytes a row, expected {' or '.join(sizes)} for {out_features} out_features "
+            f"and {in_features} in_features"
+        )
 
 
 def activations(name: str, x: Tensor) -> int:

@@ -177,9 +177,9 @@ def _weight_scale_like(weight: Tensor, per_channel: bool) -> Tensor:
     return weight.new_empty([weight.shape[0]] if per_channel else [], dtype=torch.float32)
 
 
-def _packed_like(weight: Tensor) -> Tensor:
+def _packed_like(weight: Tensor, layout: str = "auto") -> Tensor:
     out_features, in_features = _checks.matrix("qweight", weight)
-    row_bytes = sum(_checks.packed_row_bytes(out_features, in_features))
+    row_bytes = sum(_checks.packed_row_bytes(out_features, in_features, layout))
     return weight.new_empty([out_features, row_bytes], dtype=torch.uint8)
 
 
@@ -223,15 +223,13 @@ def _(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
 @_fake("prepare_weights")
 def _(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
     _checks.floating("weight", weight)
-    _checks.layout(layout)
-    return _weight_scale_like(weight, per_channel), _packed_like(weight)
+    return _weight_scale_like(weight, per_channel), _packed_like(weight, layout)
 
 
 @_fake("pack_weights")
 def _(qweight: Tensor, layout: str = "auto") -> Tensor:
     _checks.plain_codes(qweight)
-    _checks.layout(layout)
-    return _packed_like(qweight)
+    return _packed_like(qweight, layout)
 
 
 @_fake("unpack_weights")

@@ -125,10 +125,10 @@ def prepare_weights(weight: Tensor, per_channel: bool, layout: str = "auto") -> 
 def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
     """Synchronizes the device: an invalid code raises."""
     _checks.plain_codes(qweight)
-    _checks.matrix("qweight", qweight)
-    _checks.layout(layout)
+    _, in_features = _checks.matrix("qweight", qweight)
+    chosen = _checks.chosen_layout(layout, in_features)
     raise_faults([_invalid_code(qweight)])
-    return packing.pack(qweight)
+    return packing.pack(qweight, chosen)
 
 
 def unpack_weights(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:

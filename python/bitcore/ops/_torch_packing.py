@@ -1,4 +1,4 @@
-"""The packed weight, layout 2bit, in plain torch operations: any device, no synchronization except where noted.
+"""The packed weight in plain torch operations: any device, no synchronization except where noted.
 
 docs/packed-format.md describes the bytes.
 """
@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitcore.exceptions import QuantizationError
-from bitcore.ops._checks import packed_row_bytes
+from bitcore.ops._checks import MIN_TRAILER_BYTES, STEP_CODES, layout_of
 
 TILE_ROWS = 16
-STEP = 16
-"""Values of k in the 32-bit word that a row has in one step of a tile."""
 
 _MAGIC = int.from_bytes(b"BITLABQW", "little")
-_VERSION_AND_LAYOUT = 1 | 1 << 32
+_VERSION = 1
+_LAYOUT_NUMBERS = {"2bit": 1, "1.6bit": 2}
 _CHECKSUM_BASE = 0x9E3779B97F4A7C15 - 2**64
 _HEADER_BYTES = 40
 
@@ -44,34 +43,40 @@ def raise_faults(faults: list[Fault]) -> None:
             raise QuantizationError(fault.message.format("" if fault.value is None else int(fault.value)))
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack(codes: Tensor, layout: str = "2bit") -> Tensor:
     """int8 codes (N, K) of -1, 0, 1 to a packed weight, uint8 (N, R + T)."""
     out_features, in_features = codes.shape
-    padded = functional.pad(codes + 1, (0, -in_features % STEP), value=1).to(torch.uint8)
-    fields = padded.view(out_features, -1, 4, 4) << _field_shifts(codes)
-    payload = _interleave(fields.sum(2, dtype=torch.uint8))
-    return torch.cat([payload, _trailer(payload, out_features, in_features)]).view(out_features, -1)
+    padded = functional.pad(codes + 1, (0, -in_features % STEP_CODES[layout]), value=1).to(torch.uint8)
+    places = _places(layout, codes)
+    words = (padded.view(out_features, -1, len(places), 4) * places[:, None]).sum(2, dtype=torch.uint8)
+    payload = _interleave(words)
+    return torch.cat([payload, _trailer(payload, out_features, in_features, layout)]).view(out_features, -1)
 
 
 def unpack(qweight: Tensor, in_features: int) -> tuple[Tensor, list[Fault]]:
     """Inverse of pack: codes int8 (N, K), with what a kernel's own reading finds wrong: trailer and codes."""
     out_features = qweight.shape[0]
+    layout = _layout(qweight, in_features)
     payload, _ = _split(qweight, in_features)
-    fields = (_deinterleave(payload, out_features).unsqueeze(2) >> _field_shifts(qweight)) & 3
+    words = _deinterleave(payload, out_features).unsqueeze(2)
+    if layout == "2bit":
+        fields = (words >> torch.arange(0, 8, 2, device=qweight.device, dtype=torch.uint8)[:, None]) & 3
+        invalid = (fields == 3).any()
+    else:
+        fields = words.div(_places(layout, qweight)[:, None], rounding_mode="floor") % 3
+        invalid = (words > 242).any()
     codes = fields.view(out_features, -1)[:, :in_features].to(torch.int8) - 1
-    return codes, [
-        *trailer_faults(qweight, in_features),
-        Fault((fields == 3).any(), "qweight holds an invalid code"),
-    ]
+    return codes, [*trailer_faults(qweight, in_features), Fault(invalid, "qweight holds an invalid code")]
 
 
 def trailer_faults(qweight: Tensor, in_features: int) -> list[Fault]:
     """What the trailer says against reading qweight as (N, in_features), in constant time."""
     out_features = qweight.shape[0]
     words = _words(_split(qweight, in_features)[1][:_HEADER_BYTES])
+    expected = _version_and_layout(_layout(qweight, in_features))
     return [
         Fault(words[0] != _MAGIC, "qweight has no trailer of a packed weight"),
-        Fault(words[1] != _VERSION_AND_LAYOUT, "qweight has a trailer of an unknown version or layout"),
+        Fault(words[1] != expected, "qweight has a trailer of an unknown version, or of another layout than its size"),
         Fault(words[2] != out_features, f"qweight has {out_features} rows, its trailer says {{}}", words[2]),
         Fault(words[3] != in_features, f"qweight was packed for {{}} in_features, not {in_features}", words[3]),
     ]
@@ -87,17 +92,29 @@ def integrity_faults(qweight: Tensor, in_features: int) -> list[Fault]:
     ]
 
 
-def _field_shifts(like: Tensor) -> Tensor:
-    """Bit offsets of a byte's four fields, (4, 1)."""
-    return torch.arange(0, 8, 2, device=like.device, dtype=torch.uint8)[:, None]
+def _layout(qweight: Tensor, in_features: int) -> str:
+    layout = layout_of(qweight, in_features)
+    assert layout is not None  # _checks.packed has been called.
+    return layout
+
+
+def _places(layout: str, like: Tensor) -> Tensor:
+    """What the fields of a byte, or its digits in base 3, are worth."""
+    places = (1, 4, 16, 64) if layout == "2bit" else (1, 3, 9, 27, 81)
+    return torch.tensor(places, device=like.device, dtype=torch.uint8)
+
+
+def _version_and_layout(layout: str) -> int:
+    return _VERSION | _LAYOUT_NUMBERS[layout] << 32
 
 
 def _split(qweight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     """Payload and trailer, flat."""
     out_features = qweight.shape[0]
-    payload_row_bytes, _ = packed_row_bytes(out_features, in_features)
+    codes = STEP_CODES[_layout(qweight, in_features)]
+    payload_bytes = out_features * 4 * ((in_features + codes - 1) // codes)
     flat = qweight.reshape(-1)
-    return flat[: out_features * payload_row_bytes], flat[out_features * payload_row_bytes :]
+    return flat[:payload_bytes], flat[payload_bytes:]
 
 
 def _interleave(words: Tensor) -> Tensor:
@@ -117,11 +134,11 @@ def _deinterleave(payload: Tensor, out_features: int) -> Tensor:
     return torch.cat([head.reshape(tiles * TILE_ROWS, steps, 4), tail])
 
 
-def _trailer(payload: Tensor, out_features: int, in_features: int) -> Tensor:
-    _, row_bytes = packed_row_bytes(out_features, in_features)
+def _trailer(payload: Tensor, out_features: int, in_features: int, layout: str) -> Tensor:
+    row_bytes = (MIN_TRAILER_BYTES + out_features - 1) // out_features
     header = [
         torch.full_like(payload[0], word, dtype=torch.int64)
-        for word in (_MAGIC, _VERSION_AND_LAYOUT, out_features, in_features)
+        for word in (_MAGIC, _version_and_layout(layout), out_features, in_features)
     ]
     words = torch.stack([*header, _checksum(payload)])
     data = (words[:, None] >> torch.arange(0, 64, 8, device=payload.device)) & 0xFF

@@ -29,7 +29,8 @@ def prepare_weights(weight: Tensor, config: BitQuantConfig, layout: str = "auto"
     Args:
         weight: (out_features, in_features), float32, bfloat16 or float16; finite.
         config: The quantization schema.
-        layout: Of the packed bytes: "auto" (a fixed rule of the shape) or "2bit".
+        layout: Of the packed bytes: "2bit", "1.6bit" (where it exists, see bitcore.ops.packing) or "auto", a fixed rule
+            of the shape.
 
     Returns:
         qweight_scale, float32: () per_tensor, (out_features,) per_channel; and qweight: uint8 (out_features, R + T),

@@ -1,6 +1,7 @@
 """The packed ternary weight: a plain uint8 tensor, the same bytes on every machine and device.
 
-docs/packed-format.md describes them. `layout` is "auto" (a fixed rule of the shape) or "2bit", today the only one.
+docs/packed-format.md describes them. `layout` is "2bit", "1.6bit" (five codes in a byte; it exists where it is smaller,
+always from 65 in_features on), or "auto": a fixed rule of the shape, "2bit" for every shape.
 """
 
 from torch import Tensor
@@ -13,13 +14,15 @@ def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
 
     Args:
         qweight: int8 (out_features, in_features) of -1, 0, 1.
-        layout: "auto" or "2bit".
+        layout: "auto", "2bit" or "1.6bit".
 
     Returns:
-        uint8 (out_features, R + T), R = 4 * ceil(in_features / 16), T = ceil(64 / out_features).
+        uint8 (out_features, R + T), R = 4 * ceil(in_features / 16) at 2 bits and 4 * ceil(in_features / 20) at 1.6,
+        T = ceil(64 / out_features).
 
     Raises:
-        QuantizationError: wrong rank or dtype, a code that is not -1, 0 or 1, an unknown layout.
+        QuantizationError: wrong rank or dtype, a code that is not -1, 0 or 1, a layout that is unknown or does not
+            exist for in_features.
     """
     _checks.given(qweight=qweight)
     return _ops.call(_ops.pack_weights, qweight, layout)
@@ -46,7 +49,7 @@ def repack(qweight: Tensor, in_features: int, layout: str = "auto") -> Tensor:
     """Rewrites a packed weight in another layout.
 
     Raises:
-        QuantizationError: as unpack_weights, or an unknown layout.
+        QuantizationError: as unpack_weights, or as pack_weights for the layout.
     """
     return pack_weights(unpack_weights(qweight, in_features), layout)
 
