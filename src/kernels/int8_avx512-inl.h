@@ -158,31 +158,26 @@ void store_groups(const typename Layout::Words& words, std::uint8_t* panel, std:
   (_mm512_store_si512(panel + Group * kRows * 4, Layout::template codes<Group>(words)), ...);
 }
 
-// Unpacks one tile into its half of the panel.
-template <class Layout>
-__m512i unpack_tile(const std::uint8_t* tile, std::int64_t rows, std::int64_t step_begin, std::int64_t step_end,
-                    std::uint8_t* panel, __m512i invalid) {
-  const __mmask16 mask = row_mask(rows);
-  for (std::int64_t step = step_begin; step < step_end; ++step, panel += Layout::kGroups * kRows * 4) {
-    const typename Layout::Words words = Layout::load(tile + step * rows * 4, mask);
-    invalid = Layout::collect(invalid, words);
-    store_groups<Layout>(words, panel, std::make_integer_sequence<int, Layout::kGroups>());
-  }
-  return invalid;
-}
-
 template <class Layout>
 std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
                            std::int64_t step_begin, std::int64_t step_end, void* panel) {
+  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
   auto* out = static_cast<std::uint8_t*>(panel);
   const std::int64_t first_rows = rows < kTileRows ? rows : kTileRows;
-  __m512i invalid = _mm512_setzero_si512();
-  invalid = unpack_tile<Layout>(tiles, first_rows, step_begin, step_end, out, invalid);
   // A missing second tile is read as the first one again: its sums are never stored.
   const bool two = rows > kTileRows;
   const std::uint8_t* second = two ? tiles + kTileRows * payload_row_bytes : tiles;
   const std::int64_t second_rows = two ? rows - kTileRows : first_rows;
-  invalid = unpack_tile<Layout>(second, second_rows, step_begin, step_end, out + kTileRows * 4, invalid);
+  const __mmask16 first_mask = row_mask(first_rows);
+  const __mmask16 second_mask = row_mask(second_rows);
+  __m512i invalid = _mm512_setzero_si512();
+  for (std::int64_t step = step_begin; step < step_end; ++step, out += Layout::kGroups * kRows * 4) {
+    const typename Layout::Words a = Layout::load(tiles + step * first_rows * 4, first_mask);
+    const typename Layout::Words b = Layout::load(second + step * second_rows * 4, second_mask);
+    invalid = Layout::collect(Layout::collect(invalid, a), b);
+    store_groups<Layout>(a, out, kEach);
+    store_groups<Layout>(b, out + kTileRows * 4, kEach);
+  }
   return Layout::any(invalid);
 }
 
@@ -223,101 +218,113 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
 
 // ---- few tokens ----------------------------------------------------------------------------------------------------
 
-// acc[m] += the codes of a group of k times the activations of every token: sums of its own for each group, or one.
-template <class Layout, int Group, int Tokens, int Sums>
-void multiply_group(__m512i (&acc)[Tokens][Sums], const typename Layout::Words& words, const std::uint8_t* x) {
+// Tiles of rows that are read together, so that they share the broadcasts of the activations.
+struct Tile {
+  const std::uint8_t* bytes;
+  std::int64_t step_bytes;
+  __mmask16 rows;
+};
+
+// acc[t][m] += the codes of a group of k in tile t times the activations of token m: sums of its own for each group, or
+// one for all.
+template <class Layout, int Group, int Tiles, int Tokens, int Sums>
+void multiply_group(__m512i (&acc)[Tiles][Tokens][Sums], const typename Layout::Words (&words)[Tiles],
+                    const std::uint8_t* x) {
   constexpr bool kApart = Sums > 1;
-  __m512i codes;
-  if constexpr (kApart) {
-    codes = Layout::template scaled_codes<Group>(words);
-  } else {
-    codes = Layout::template codes<Group>(words);
+  __m512i codes[Tiles];
+#pragma GCC unroll 2
+  for (int t = 0; t < Tiles; ++t) {
+    if constexpr (kApart) {
+      codes[t] = Layout::template scaled_codes<Group>(words[t]);
+    } else {
+      codes[t] = Layout::template codes<Group>(words[t]);
+    }
   }
 #pragma GCC unroll 12
   for (int m = 0; m < Tokens; ++m) {
-    multiply_add(acc[m][kApart ? Group : 0], codes, broadcast_word(x + 4 * (Group * Tokens + m)));
+    const __m512i activations = broadcast_word(x + 4 * (Group * Tokens + m));
+#pragma GCC unroll 2
+    for (int t = 0; t < Tiles; ++t) multiply_add(acc[t][m][kApart ? Group : 0], codes[t], activations);
   }
 }
 
-template <class Layout, int Tokens, int Sums, int... Group>
-void multiply_groups(__m512i (&acc)[Tokens][Sums], const typename Layout::Words& words, const std::uint8_t* x,
-                     std::integer_sequence<int, Group...>) {
+template <class Layout, int Tiles, int Tokens, int Sums, int... Group>
+void multiply_groups(__m512i (&acc)[Tiles][Tokens][Sums], const typename Layout::Words (&words)[Tiles],
+                     const std::uint8_t* x, std::integer_sequence<int, Group...>) {
   (multiply_group<Layout, Group>(acc, words, x), ...);
 }
 
-// total += the sums of the groups, each divided by what its codes were worth.
-template <class Layout, int Sums, int... Group>
-__m512i add_groups(__m512i total, const __m512i (&acc)[Sums], std::integer_sequence<int, Group...>) {
+// The sum over the groups, each divided by what its codes were worth.
+template <class Layout, int... Group>
+__m512i add_groups(const __m512i (&acc)[Layout::kGroups], std::integer_sequence<int, Group...>) {
+  __m512i total = _mm512_setzero_si512();
   ((total = _mm512_add_epi32(total, Layout::template unscaled<Group>(acc[Group]))), ...);
   return total;
 }
 
-template <class Layout, int Tokens>
-__m512i direct_apart(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                     __m512i (&totals)[Tokens]) {
+// Steps [begin, end) of all tiles, added to the sums.
+template <class Layout, int Tiles, int Tokens, bool Apart>
+void direct_steps(const Tile (&tiles)[Tiles], std::int64_t begin, std::int64_t end, const std::uint8_t* x,
+                  __m512i (&invalid)[Tiles], std::int32_t* sums) {
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
-  const __mmask16 mask = row_mask(rows);
-  __m512i invalid = _mm512_setzero_si512();
+  __m512i acc[Tiles][Tokens][Apart ? Layout::kGroups : 1] = {};
+  for (std::int64_t step = begin; step < end; ++step) {
+    typename Layout::Words words[Tiles];
+#pragma GCC unroll 2
+    for (int t = 0; t < Tiles; ++t) {
+      const std::uint8_t* bytes = tiles[t].bytes + step * tiles[t].step_bytes;
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
+      words[t] = Layout::load(bytes, tiles[t].rows);
+      invalid[t] = Layout::collect(invalid[t], words[t]);
+    }
+    multiply_groups<Layout>(acc, words, x + step * 4 * Layout::kGroups * Tokens, kEach);
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < Tiles; ++t) {
+#pragma GCC unroll 12
+    for (int m = 0; m < Tokens; ++m) {
+      std::int32_t* out = sums + m * kRows + t * kTileRows;
+      __m512i total = acc[t][m][0];
+      if constexpr (Apart) total = add_groups<Layout>(acc[t][m], kEach);
+      _mm512_store_si512(out, _mm512_add_epi32(_mm512_load_si512(out), total));
+    }
+  }
+}
+
+template <class Layout, int Tiles, int Tokens>
+std::uint32_t direct_tiles(const Tile (&tiles)[Tiles], std::int64_t steps, const std::uint8_t* x, std::int32_t* sums) {
+  constexpr bool kApart = Tiles * Tokens * Layout::kGroups <= kMostSumsApart;
+  __m512i invalid[Tiles] = {};
   for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
     const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-    __m512i acc[Tokens][Layout::kGroups] = {};
-    for (std::int64_t step = begin; step < end; ++step, x += 4 * Layout::kGroups * Tokens) {
-      const std::uint8_t* bytes = tile + step * rows * 4;
-      _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
-      const typename Layout::Words words = Layout::load(bytes, mask);
-      invalid = Layout::collect(invalid, words);
-      multiply_groups<Layout>(acc, words, x, kEach);
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < Tokens; ++m) totals[m] = add_groups<Layout>(totals[m], acc[m], kEach);
+    direct_steps<Layout, Tiles, Tokens, kApart>(tiles, begin, end, x, invalid, sums);
   }
-  return invalid;
+  std::uint32_t any = 0;
+#pragma GCC unroll 2
+  for (int t = 0; t < Tiles; ++t) any |= Layout::any(invalid[t]);
+  return any;
 }
 
-template <class Layout, int Tokens>
-__m512i direct_together(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                        __m512i (&totals)[Tokens]) {
-  const __mmask16 mask = row_mask(rows);
-  __m512i invalid = _mm512_setzero_si512();
-  __m512i acc[Tokens][1];
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) acc[m][0] = totals[m];
-  for (std::int64_t step = 0; step < steps; ++step, x += 4 * Layout::kGroups * Tokens) {
-    const typename Layout::Words words = Layout::load(tile + step * rows * 4, mask);
-    invalid = Layout::collect(invalid, words);
-    multiply_groups<Layout>(acc, words, x, std::make_integer_sequence<int, Layout::kGroups>());
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) totals[m] = acc[m][0];
-  return invalid;
-}
-
-template <class Layout, int Tokens>
-std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                            std::int32_t* sums) {
-  __m512i totals[Tokens];
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) totals[m] = _mm512_load_si512(sums + m * kTileRows);
-  __m512i invalid;
-  if constexpr (Tokens * Layout::kGroups <= kMostSumsApart) {
-    invalid = direct_apart<Layout>(tile, rows, steps, x, totals);
-  } else {
-    invalid = direct_together<Layout>(tile, rows, steps, x, totals);
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) _mm512_store_si512(sums + m * kTileRows, totals[m]);
-  return Layout::any(invalid);
-}
-
-// Calls direct_tokens<tokens>.
+// Calls direct_tiles for two tiles, or for one where there is one, or one token: memory decides then, and serves one
+// stream best.
 template <class Layout, int Tokens = kDirectTokens>
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* packed_tokens,
-                     std::int64_t tokens, void* sums) {
+std::uint32_t direct(const std::uint8_t* bytes, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
+                     const void* packed_tokens, std::int64_t tokens, void* sums) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return direct<Layout, Tokens - 1>(tile, tile_rows, steps, packed_tokens, tokens, sums);
+    if (tokens < Tokens) {
+      return direct<Layout, Tokens - 1>(bytes, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
+    }
   }
-  return direct_tokens<Layout, Tokens>(tile, tile_rows, steps, static_cast<const std::uint8_t*>(packed_tokens),
-                                       static_cast<std::int32_t*>(sums));
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  auto* out = static_cast<std::int32_t*>(sums);
+  const std::int64_t first_rows = rows < kTileRows ? rows : kTileRows;
+  const std::int64_t second_rows = rows - first_rows;
+  const Tile first = {bytes, first_rows * 4, row_mask(first_rows)};
+  const Tile second = {bytes + kTileRows * payload_row_bytes, second_rows * 4, row_mask(second_rows)};
+  if (Tokens > 1 && second_rows > 0) return direct_tiles<Layout, 2, Tokens>({first, second}, steps, x, out);
+  std::uint32_t invalid = direct_tiles<Layout, 1, Tokens>({first}, steps, x, out);
+  if (second_rows > 0) invalid |= direct_tiles<Layout, 1, Tokens>({second}, steps, x, out + kTileRows);
+  return invalid;
 }
 
 constexpr TileFunctions avx512_tiles() {
@@ -337,6 +344,7 @@ constexpr TileFunctions avx512_tiles() {
       .gemm = gemm,
       .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,
+      .direct_rows = kRows,
 #ifdef __AVX512VBMI__
       .base3_unpack_panel = unpack_panel<Base3>,
       .base3_direct = direct<Base3>,

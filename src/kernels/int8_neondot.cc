@@ -188,8 +188,8 @@ std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::in
   return any_invalid(invalid, rows);
 }
 
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* packed_tokens,
-                     std::int64_t tokens, void* sums) {
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t, std::int64_t tile_rows, std::int64_t steps,
+                     const void* packed_tokens, std::int64_t tokens, void* sums) {
   return direct_tokens<kDirectTokens>(tile, tile_rows, steps, static_cast<const std::int8_t*>(packed_tokens), tokens,
                                       static_cast<std::int32_t*>(sums));
 }

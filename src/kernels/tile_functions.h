@@ -9,12 +9,14 @@
 #include <cstdint>
 
 #include "bitcore/config.h"
+#include "bitcore/ops/packing.h"
 #include "bitcore/tensor.h"
 
 namespace bitcore {
 
-/// Bound of TileFunctions::direct_tokens: the driver keeps the sums of a tile on the stack.
+/// Bounds of TileFunctions::direct_tokens and direct_rows: the driver keeps the sums of a tile on the stack.
 inline constexpr std::int64_t kMostDirectTokens = 16;
+inline constexpr std::int64_t kMostDirectRows = 32;
 
 /// What the driver knows of one row of x.
 struct Activation {
@@ -41,9 +43,9 @@ struct TileFunctions {
 
   std::int64_t panel_rows;  ///< Output rows that gemm computes together; a multiple of kTileRows.
   std::int64_t token_tile;  ///< Most rows of x that gemm computes together.
-  std::int64_t k_block;     ///< Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
   std::int64_t
-      direct_tokens;  ///< Most rows of x for which direct is used, up to kMostDirectTokens; 0: there is no direct.
+      k_block;  ///< Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
+  std::int64_t direct_tokens;  ///< Most rows of x for which direct is used, up to kMostDirectTokens; 0: it never is.
 
   std::int64_t panel_element;  ///< Bytes of one weight in an unpacked panel.
   std::int64_t token_element;  ///< Bytes of one activation as pack_tokens writes it.
@@ -71,14 +73,16 @@ struct TileFunctions {
   /// sums[token * panel_rows + row] += sum over k of panel and packed tokens.
   void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums);
 
-  /// sums[token * kTileRows + row] += one tile of packed weights times packed tokens, all k at once.
-  /// Returns nonzero where a code is invalid. Null where direct_tokens is 0.
-  using Direct = std::uint32_t (*)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
-                                   const void* packed_tokens, std::int64_t tokens, void* sums);
+  /// sums[token * direct_rows + row] += `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
+  /// all k at once. Returns nonzero where a code is invalid. Null where direct_tokens is 0.
+  using Direct = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
+                                   std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums);
   Direct direct;
 
   /// y = float(sums) * (x_scale * w_scale) + bias.
   void (*store)(const StoreBlock& block);
+
+  std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
   // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.
 

@@ -107,7 +107,7 @@ struct Buffers {
  private:
   static Thread take(const TileFunctions& f, const Plan& plan, Arena& arena) {
     const std::int64_t rows = plan.direct ? plan.block_tokens : std::min(f.token_tile, plan.block_tokens);
-    const std::int64_t weight_rows = plan.direct ? kTileRows : f.panel_rows;
+    const std::int64_t weight_rows = plan.direct ? f.direct_rows : f.panel_rows;
     const std::int64_t weight_k = plan.direct ? plan.k_padded : plan.k_block;
     Thread thread{};
     thread.floats = arena.take<float>(plan.k_padded);
@@ -273,34 +273,39 @@ class Run {
       buffers_.activations[m] = prepare_row(m, caller.floats, caller.rows + m * plan_.row_bytes);
     }
     f_.pack_tokens(caller.rows, plan_.row_bytes, tokens_, plan_.k_padded, buffers_.packed);
-    const std::int64_t tiles = ceil_div(shape_.out_features, kTileRows);
-    // A unit is a run of adjacent tiles: long sequential reads are what memory serves best.
-    const std::int64_t unit_tiles =
-        plan_.most_threads == 1 ? tiles : std::max<std::int64_t>(1, tiles / (8 * std::int64_t{plan_.most_threads}));
-    for_each_unit(ceil_div(tiles, unit_tiles), [&](std::int64_t unit, const Thread& thread) {
-      const std::int64_t last = std::min(tiles, (unit + 1) * unit_tiles);
+    const std::int64_t groups = ceil_div(shape_.out_features, f_.direct_rows);
+    // A unit is a run of adjacent groups of rows: long sequential reads are what memory serves best.
+    const std::int64_t unit_groups =
+        plan_.most_threads == 1 ? groups : std::max<std::int64_t>(1, groups / (8 * std::int64_t{plan_.most_threads}));
+    for_each_unit(ceil_div(groups, unit_groups), [&](std::int64_t unit, const Thread& thread) {
+      const std::int64_t last = std::min(groups, (unit + 1) * unit_groups);
       std::uint32_t invalid = 0;
-      for (std::int64_t tile = unit * unit_tiles; tile < last; ++tile) invalid |= direct_tile(tile, thread);
+      for (std::int64_t group = unit * unit_groups; group < last; ++group) {
+        invalid |= direct_rows(group * f_.direct_rows, thread);
+      }
       note_invalid(invalid);
-      tile_calls_.fetch_add(static_cast<std::uint64_t>(last - unit * unit_tiles), std::memory_order_relaxed);
+      tile_calls_.fetch_add(static_cast<std::uint64_t>(last - unit * unit_groups), std::memory_order_relaxed);
     });
   }
 
-  std::uint32_t direct_tile(std::int64_t tile, const Thread& thread) const {
-    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kTileRows];
-    const std::int64_t row = tile * kTileRows;
-    const std::int64_t rows = std::min(kTileRows, shape_.out_features - row);
-    for (std::int64_t m = 0; m < tokens_; ++m) start_sums(sums + m * kTileRows, kTileRows, buffers_.activations[m].sum);
-    const std::uint8_t* weights = payload_ + row * shape_.payload_row_bytes;
+  // All tokens times the rows from `row` on that direct computes together.
+  std::uint32_t direct_rows(std::int64_t row, const Thread& thread) const {
+    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kMostDirectRows];
+    const std::int64_t rows = std::min(f_.direct_rows, shape_.out_features - row);
+    for (std::int64_t m = 0; m < tokens_; ++m) {
+      start_sums(sums + m * f_.direct_rows, f_.direct_rows, buffers_.activations[m].sum);
+    }
+    const std::uint8_t* tiles = payload_ + row * shape_.payload_row_bytes;
     std::uint32_t invalid = 0;
     if (plan_.recode) {
-      invalid |= recode(weights, rows, 0, shape_.steps(), thread.recoded);
-      invalid |= f_.direct(thread.recoded, rows, plan_.k_padded / kStepCodes, buffers_.packed, tokens_, sums);
+      const std::int64_t steps = plan_.k_padded / kStepCodes;
+      invalid |= recode_rows(tiles, rows, 0, shape_.steps(), steps, thread.recoded);
+      invalid |= f_.direct(thread.recoded, steps * 4, rows, steps, buffers_.packed, tokens_, sums);
     } else {
       const TileFunctions::Direct direct = shape_.layout == Layout::base3 ? f_.base3_direct : f_.direct;
-      invalid |= direct(weights, rows, shape_.steps(), buffers_.packed, tokens_, sums);
+      invalid |= direct(tiles, shape_.payload_row_bytes, rows, shape_.steps(), buffers_.packed, tokens_, sums);
     }
-    store(sums, kTileRows, 0, tokens_, row, rows, buffers_.activations);
+    store(sums, f_.direct_rows, 0, tokens_, row, rows, buffers_.activations);
     return invalid;
   }
 
@@ -360,13 +365,46 @@ class Run {
         for (std::int64_t m = 0; k == 0 && m < tokens; ++m) {
           start_sums(sums + m * f_.panel_rows, f_.panel_rows, x[m].sum);
         }
+        const bool last_block = k + plan_.k_block >= plan_.k_padded;
+        if (last_block) prefetch_outputs(begin + first, tokens, row, rows);
+        prefetch_weights(row, k, tile - tile_begin, tile_end - tile_begin);
         f_.gemm(thread.panel, packed_tile(k, k_count(k), first, count), tokens, k_count(k), sums);
-        if (k + plan_.k_block >= plan_.k_padded) store(sums, f_.panel_rows, begin + first, tokens, row, rows, x);
+        if (last_block) store(sums, f_.panel_rows, begin + first, tokens, row, rows, x);
       }
     }
     note_invalid(invalid);
     const std::int64_t blocks = ceil_div(plan_.k_padded, plan_.k_block);
     tile_calls_.fetch_add(static_cast<std::uint64_t>(blocks * (tile_end - tile_begin)), std::memory_order_relaxed);
+  }
+
+  // While gemm computes, the cache lines come that store will write to,
+  void prefetch_outputs(std::int64_t token, std::int64_t tokens, std::int64_t row, std::int64_t rows) const {
+    const auto element = static_cast<std::int64_t>(size_of(args_.y.dtype));
+    for (std::int64_t m = 0; m < tokens; ++m) {
+      const std::byte* y = args_.y.row(token + m) + row * element;
+      for (std::int64_t byte = 0; byte < rows * element; byte += 64) __builtin_prefetch(y + byte, /*write*/ 1);
+    }
+  }
+
+  // and, a part with each of `parts` calls of gemm, the weights that are unpacked next: of the same panel, or of the
+  // one that this thread probably takes then.
+  void prefetch_weights(std::int64_t row, std::int64_t k, std::int64_t part, std::int64_t parts) const {
+    std::int64_t next_k = k + plan_.k_block;
+    if (next_k >= plan_.k_padded) {
+      next_k = 0;
+      row += f_.panel_rows * plan_.most_threads;
+    }
+    const std::int64_t rows = std::min(f_.panel_rows, shape_.out_features - row);
+    const std::int64_t step = next_k / step_codes(shape_.layout);
+    const std::int64_t steps = std::min(shape_.steps() - step, plan_.k_block / step_codes(shape_.layout));
+    for (std::int64_t r = 0; r < rows; r += kTileRows) {
+      const std::int64_t tile_rows = std::min(kTileRows, rows - r);
+      const std::uint8_t* words = payload_ + (row + r) * shape_.payload_row_bytes + step * tile_rows * 4;
+      const std::int64_t bytes = steps * tile_rows * 4;
+      for (std::int64_t byte = bytes * part / parts; byte < bytes * (part + 1) / parts; byte += 64) {
+        __builtin_prefetch(words + byte);
+      }
+    }
   }
 
   std::uint32_t unpack_panel(std::int64_t row, std::int64_t rows, std::int64_t k, const Thread& thread) const {
@@ -378,18 +416,20 @@ class Run {
       return unpack(tiles, shape_.payload_row_bytes, rows, step, last, thread.panel);
     }
     const std::int64_t steps = k_count(k) / kStepCodes;
-    std::uint32_t invalid = 0;
-    for (std::int64_t r = 0; r < rows; r += kTileRows) {
-      invalid |= recode(tiles + r * shape_.payload_row_bytes, std::min(kTileRows, rows - r), step, last,
-                        thread.recoded + r * steps * 4);
-    }
+    const std::uint32_t invalid = recode_rows(tiles, rows, step, last, steps, thread.recoded);
     return invalid | f_.unpack_panel(thread.recoded, steps * 4, rows, 0, steps, thread.panel);
   }
 
-  std::uint32_t recode(const std::uint8_t* tile, std::int64_t rows, std::int64_t step_begin, std::int64_t step_end,
-                       std::uint8_t* recoded) const {
-    const auto function = f_.base3_recode != nullptr ? f_.base3_recode : recode_base3;
-    return function(tile, rows, step_begin, step_end, recoded);
+  // Steps [step_begin, step_end) of 1.6-bit rows that begin at a tile as `recoded_steps` steps of 2 bits.
+  std::uint32_t recode_rows(const std::uint8_t* tiles, std::int64_t rows, std::int64_t step_begin,
+                            std::int64_t step_end, std::int64_t recoded_steps, std::uint8_t* recoded) const {
+    const auto recode = f_.base3_recode != nullptr ? f_.base3_recode : recode_base3;
+    std::uint32_t invalid = 0;
+    for (std::int64_t row = 0; row < rows; row += kTileRows) {
+      invalid |= recode(tiles + row * shape_.payload_row_bytes, std::min(kTileRows, rows - row), step_begin, step_end,
+                        recoded + row * recoded_steps * 4);
+    }
+    return invalid;
   }
 
   const TileFunctions& f_;

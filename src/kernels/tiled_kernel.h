@@ -15,7 +15,7 @@ class TiledKernel final : public BitKernelBase {
   /// All arguments outlive the kernel.
   TiledKernel(std::string_view name, std::string_view requirement, bool supported, const TileFunctions& functions)
       : name_(name), requirement_(requirement), supported_(supported), functions_(functions) {
-    assert(functions.direct_tokens <= kMostDirectTokens);
+    assert(functions.direct_tokens <= kMostDirectTokens && functions.direct_rows <= kMostDirectRows);
   }
 
   std::string_view name() const override { return name_; }
