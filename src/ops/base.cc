@@ -8,34 +8,10 @@
 
 #include "checks.h"
 #include "parallel.h"
-#include "quantize-inl.h"
+#include "row_functions-inl.h"
 
 namespace bitcore {
 namespace {
-
-constexpr std::int64_t kSumBlock = 4096;
-constexpr int kSumLanes = 16;
-
-double fold_lanes(double (&lanes)[kSumLanes]) {
-  for (int half = kSumLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  }
-  return lanes[0];
-}
-
-// Sum of up to kSumBlock elements: element i goes to lane i mod 16.
-template <class T, class Magnitude>
-double sum_block(const T* values, std::int64_t count, Magnitude magnitude) {
-  double lanes[kSumLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kSumLanes <= count; i += kSumLanes) {
-    for (int lane = 0; lane < kSumLanes; ++lane) lanes[lane] += magnitude(values[i + lane]);
-  }
-  for (int lane = 0; i < count; ++i, ++lane) lanes[lane] += magnitude(values[i]);
-  return fold_lanes(lanes);
-}
-
-double absolute(float value) { return static_cast<double>(std::fabs(value)); }
 
 // Folds block sums by the same rule until one is left.
 double reduce_block_sums(std::vector<double> sums) {
@@ -43,8 +19,8 @@ double reduce_block_sums(std::vector<double> sums) {
     std::vector<double> next;
     const auto count = static_cast<std::int64_t>(sums.size());
     for (std::int64_t begin = 0; begin < count; begin += kSumBlock) {
-      next.push_back(sum_block(&sums[static_cast<std::size_t>(begin)], std::min(kSumBlock, count - begin),
-                               [](double value) { return value; }));
+      next.push_back(sum_in_lanes(&sums[static_cast<std::size_t>(begin)], std::min(kSumBlock, count - begin),
+                                  [](double value) { return value; }));
     }
     sums = std::move(next);
   }
@@ -74,7 +50,7 @@ double absolute_sum(ConstMatrixView m, Executor& executor) {
     for (std::int64_t block = first; block < last; ++block) {
       const std::int64_t begin = block * kSumBlock;
       const std::int64_t n = std::min(kSumBlock, count - begin);
-      sums[static_cast<std::size_t>(block)] = sum_block(flat_elements(m, begin, n, buffer), n, absolute);
+      sums[static_cast<std::size_t>(block)] = row_functions().absolute_sum(flat_elements(m, begin, n, buffer), n);
     }
   };
   parallel_ranges(executor, blocks, /*min_range=*/16, sum_blocks);
@@ -196,7 +172,7 @@ void compute_x_scale(ConstMatrixView x, const BitQuantConfig& config, std::span<
   }
   std::vector<std::uint32_t> absmax(static_cast<std::size_t>(x.rows));
   quantize_rows(x, executor, [&](std::int64_t row, const float* values) {
-    absmax[static_cast<std::size_t>(row)] = absmax_bits(values, x.cols);
+    absmax[static_cast<std::size_t>(row)] = row_functions().absmax(values, x.cols);
   });
   if (config.activation_granularity == Granularity::per_channel) {
     std::transform(absmax.begin(), absmax.end(), scale.begin(), x_scale_of);
@@ -224,7 +200,7 @@ void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantC
   check_scale(scale, x_scale_size(x.rows, config));
   quantize_rows(x, executor, [&](std::int64_t row, const float* values) {
     const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
-    quantize_x_row(values, x.cols, s, reinterpret_cast<std::int8_t*>(qx.row(row)));
+    row_functions().quantize_x(values, x.cols, s, reinterpret_cast<std::int8_t*>(qx.row(row)));
   });
 }
 

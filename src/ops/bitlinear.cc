@@ -13,6 +13,7 @@
 #include "ops/packing_internal.h"
 #include "parallel.h"
 #include "quantize-inl.h"
+#include "row_functions.h"
 
 namespace bitcore::bitlinear {
 namespace {
@@ -96,7 +97,8 @@ void check_weight(ConstMatrixView weight) {
 
 // Packs rows [begin, end): codes by comparison instead of division. For a scale s >= 1e-5, h = s / 2 is exact, and
 // round(w / s) >= 1 exactly where the rounded quotient exceeds 0.5, which it does exactly where w > h: the next float
-// above h is h * (1 + e) with e > 2^-24, and 0.5 * (1 + e) rounds above 0.5.
+// above h is h * (1 + e) with e > 2^-24, and 0.5 * (1 + e) rounds above 0.5. A non-finite weight has a NaN scale, which
+// gives codes 0.
 void pack_rows(ConstMatrixView weight, std::span<const float> scale, const PackedShape& shape, std::int64_t begin,
                std::int64_t end, std::uint8_t* payload) {
   std::vector<float> buffer(static_cast<std::size_t>(weight.cols));
@@ -108,11 +110,7 @@ void pack_rows(ConstMatrixView weight, std::span<const float> scale, const Packe
       values = buffer.data();
     }
     const float half = 0.5f * scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
-    for (std::int64_t k = 0; k < weight.cols; ++k) {
-      const int plus = values[k] > half;  // false for NaN: a non-finite weight has a NaN scale and codes 0
-      const int minus = values[k] < -half;
-      codes[static_cast<std::size_t>(k)] = static_cast<std::uint8_t>(1 + plus - minus);
-    }
+    row_functions().ternary_codes(values, weight.cols, half, codes.data());
     pack_code_row(codes.data(), shape, row, payload);
   }
 }

@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "math.h"
 #include "ops/packing_internal.h"
+#include "row_functions.h"
 
 namespace bitcore {
 namespace {
@@ -61,25 +62,6 @@ PackedRow row_of(std::uint8_t* payload, const PackedShape& shape, std::int64_t r
   const std::int64_t tile = row / kTileRows;
   const std::int64_t tile_rows = std::min(kTileRows, shape.out_features - tile * kTileRows);
   return {payload + tile * kTileRows * shape.payload_row_bytes + (row % kTileRows) * 4, tile_rows * 4};
-}
-
-// The word of kStepCodes codes: field f of byte j is code 4 f + j.
-std::uint32_t two_bit_word(const std::uint8_t* codes) {
-  return load_word(codes) | load_word(codes + 4) << 2 | load_word(codes + 8) << 4 | load_word(codes + 12) << 6;
-}
-
-// The word of kBase3StepCodes codes: digit f of byte j is code 4 f + j. No byte exceeds 242: nothing is carried.
-std::uint32_t base3_word(const std::uint8_t* codes) {
-  std::uint32_t word = load_word(codes + 16);
-  for (int f = 3; f >= 0; --f) word = 3 * word + load_word(codes + 4 * f);
-  return word;
-}
-
-template <std::uint32_t (*word_of)(const std::uint8_t*)>
-void pack_steps(const std::uint8_t* codes, const PackedShape& shape, const PackedRow& out) {
-  for (std::int64_t step = 0; step < shape.steps(); ++step) {
-    store_word(out.first_word + step * out.word_stride, word_of(codes + step * step_codes(shape.layout)));
-  }
 }
 
 std::uint32_t unpack_two_bit_word(std::uint32_t word, std::uint8_t* codes) {
@@ -163,11 +145,9 @@ std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) 
 
 void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int64_t row, std::uint8_t* payload) {
   const PackedRow out = row_of(payload, shape, row);
-  if (shape.layout == Layout::two_bit) {
-    pack_steps<two_bit_word>(codes, shape, out);
-  } else {
-    pack_steps<base3_word>(codes, shape, out);
-  }
+  const RowFunctions& functions = row_functions();
+  const auto pack = shape.layout == Layout::base3 ? functions.pack_base3 : functions.pack_two_bit;
+  pack(codes, shape.steps(), out.first_word, out.word_stride);
 }
 
 std::uint32_t unpack_code_row(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row,

@@ -1,0 +1,39 @@
+// Loops over one row or block that scales, quantization and packing are made of, compiled for several instruction sets:
+// base.cc, packing.cc and bitlinear.cc take those of the best that this CPU has. All give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "bitcore/ops/packing.h"
+
+namespace bitcore {
+
+/// Elements of a block of the weight scale's sum (docs/contract.md).
+inline constexpr std::int64_t kSumBlock = 4096;
+
+struct RowFunctions {
+  /// Sum of up to kSumBlock magnitudes in the fixed order of docs/contract.md.
+  double (*absolute_sum)(const float* values, std::int64_t count);
+
+  /// Bits of the largest magnitude; at or above those of infinity where one is not finite.
+  std::uint32_t (*absmax)(const float* x, std::int64_t count);
+
+  /// codes = clamp(round(x / scale), -128, 127), 0 where the quotient is NaN; returns their sum.
+  std::int32_t (*quantize_x)(const float* x, std::int64_t count, float scale, std::int8_t* codes);
+
+  /// codes = 1 + (w > half) - (w < -half): with half = scale / 2 the codes of clamp(round(w / scale), -1, 1).
+  void (*ternary_codes)(const float* weight, std::int64_t count, float half, std::uint8_t* codes);
+
+  /// Words of `steps` steps of one row, `word_stride` bytes apart.
+  void (*pack_two_bit)(const std::uint8_t* codes, std::int64_t steps, std::uint8_t* words, std::int64_t word_stride);
+  void (*pack_base3)(const std::uint8_t* codes, std::int64_t steps, std::uint8_t* words, std::int64_t word_stride);
+};
+
+extern const RowFunctions kPortableRowFunctions;  // row_functions_portable.cc
+extern const RowFunctions kAvx2RowFunctions;      // row_functions_avx2.cc
+extern const RowFunctions kAvx512RowFunctions;    // row_functions_avx512.cc
+
+/// Those of the best instruction set of this CPU.
+const RowFunctions& row_functions();
+
+}  // namespace bitcore
