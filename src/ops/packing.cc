@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "math.h"
 #include "ops/packing_internal.h"
+#include "parallel.h"
 #include "row_functions.h"
 
 namespace bitcore {
@@ -62,23 +63,6 @@ PackedRow row_of(std::uint8_t* payload, const PackedShape& shape, std::int64_t r
   const std::int64_t tile = row / kTileRows;
   const std::int64_t tile_rows = std::min(kTileRows, shape.out_features - tile * kTileRows);
   return {payload + tile * kTileRows * shape.payload_row_bytes + (row % kTileRows) * 4, tile_rows * 4};
-}
-
-std::uint32_t unpack_two_bit_word(std::uint32_t word, std::uint8_t* codes) {
-  for (int field = 0; field < 4; ++field) store_word(codes + 4 * field, (word >> (2 * field)) & 0x03030303u);
-  return invalid_codes(word);
-}
-
-std::uint32_t unpack_base3_word(std::uint32_t word, std::uint8_t* codes) {
-  std::uint32_t invalid = 0;
-  for (int byte = 0; byte < 4; ++byte) {
-    std::uint32_t rest = (word >> (8 * byte)) & 0xffu;
-    invalid |= rest > kMostBase3Byte;
-    for (int digit = 0; digit < kBase3Digits; ++digit, rest /= 3) {
-      codes[4 * digit + byte] = static_cast<std::uint8_t>(rest % 3);
-    }
-  }
-  return invalid;
 }
 
 }  // namespace
@@ -153,14 +137,9 @@ void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int
 std::uint32_t unpack_code_row(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row,
                               std::uint8_t* codes) {
   const PackedRow in = row_of(const_cast<std::uint8_t*>(payload), shape, row);
-  const bool two_bit = shape.layout == Layout::two_bit;
-  std::uint32_t invalid = 0;
-  for (std::int64_t step = 0; step < shape.steps(); ++step) {
-    const std::uint32_t word = load_word(in.first_word + step * in.word_stride);
-    invalid |= two_bit ? unpack_two_bit_word(word, codes + step * kStepCodes)
-                       : unpack_base3_word(word, codes + step * kBase3StepCodes);
-  }
-  return invalid;
+  const RowFunctions& functions = row_functions();
+  const auto unpack = shape.layout == Layout::base3 ? functions.unpack_base3 : functions.unpack_two_bit;
+  return unpack(in.first_word, in.word_stride, shape.steps(), codes);
 }
 
 void write_trailer(const PackedShape& shape, std::uint8_t* packed) {
@@ -262,19 +241,21 @@ std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout) {
   return packed;
 }
 
-void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify) {
-  check_dtype(qweight.dtype, DType::int8, "the unpacked weight");
+void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify, Executor& executor) {
+  if (qweight.dtype == DType::uint8) fail("the unpacked weight must be int8 or floating, got uint8");
   if (verify == Verify::every_byte) check_qweight(packed, qweight.cols);
   const PackedShape shape = check_trailer(packed, qweight.cols);
   check_shape(qweight.rows, qweight.cols, packed.rows, qweight.cols, "the unpacked weight");
-  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
-  for (std::int64_t row = 0; row < shape.out_features; ++row) {
-    unpack_code_row(static_cast<const std::uint8_t*>(packed.data), shape, row, codes.data());
-    auto* values = reinterpret_cast<std::int8_t*>(qweight.row(row));
-    for (std::int64_t k = 0; k < shape.in_features; ++k) {
-      values[k] = static_cast<std::int8_t>(codes[static_cast<std::size_t>(k)] - 1);
-    }
-  }
+  const std::int64_t tiles = ceil_div(shape.out_features, kTileRows);
+  parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 65536 / shape.in_features),
+                  [&](std::int64_t begin, std::int64_t end) {
+                    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
+                    const std::int64_t last = std::min(shape.out_features, end * kTileRows);
+                    for (std::int64_t row = begin * kTileRows; row < last; ++row) {
+                      unpack_code_row(static_cast<const std::uint8_t*>(packed.data), shape, row, codes.data());
+                      row_functions().weights_of(codes.data(), shape.in_features, qweight.dtype, qweight.row(row));
+                    }
+                  });
 }
 
 std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_features, Layout layout) {

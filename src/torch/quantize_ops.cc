@@ -1,6 +1,7 @@
 // Scales, codes and packing: each operator is one call into the engine.
 #include <algorithm>
 
+#include "bitcore/exceptions.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/packing.h"
 #include "executor.h"
@@ -73,7 +74,18 @@ Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool chec
   const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
   check_trailer(packed.view, in_features);
   Tensor codes = empty({packed.view.rows, in_features}, ScalarType::Char);
-  bitcore::unpack_weights(packed.view, output_rows(codes), check ? Verify::every_byte : Verify::trailer);
+  bitcore::unpack_weights(packed.view, output_rows(codes), check ? Verify::every_byte : Verify::trailer,
+                          torch_executor());
+  return codes;
+}
+
+Tensor weight_codes(const Tensor& qweight, std::int64_t in_features, ScalarType dtype) {
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    throw QuantizationError("dtype must be float32, bfloat16 or float16");
+  }
+  const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
+  Tensor codes = empty({packed.view.rows, in_features}, dtype);
+  bitcore::unpack_weights(packed.view, output_rows(codes), Verify::trailer, torch_executor());
   return codes;
 }
 

@@ -108,13 +108,29 @@ def test_saved_for_backward_are_codes_and_not_float_copies(config: BitQuantConfi
     assert sum(t.nbytes for t in saved if t.dtype == torch.uint8) == 64 * (16 + 1)
 
 
-def test_backward_inside_autocast_keeps_its_precision() -> None:
+def test_backward_inside_and_outside_of_autocast_is_the_same() -> None:
+    """The dtype of dY decides how it is multiplied, not the autocast that may be on when it arrives."""
+    gradients = []
+    for inside in (False, True):
+        layer = _leaves(make_layer(4))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            y.backward(torch.ones_like(y))
+        assert layer.x.grad is not None
+        assert layer.weight.grad is not None
+        gradients.append((layer.x.grad, layer.weight.grad))
+    for inside_gradient, outside_gradient in zip(*gradients, strict=True):
+        assert_same_bits(inside_gradient, outside_gradient)
+
+
+def test_a_float32_gradient_is_multiplied_in_float32_also_inside_autocast() -> None:
     gradients = []
     for enabled in (False, True):
         layer = _leaves(make_layer(4))
+        y = bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            y = bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
-            y.float().sum().backward()
+            y.sum().backward()
         assert layer.x.grad is not None
         gradients.append(layer.x.grad)
     assert_same_bits(gradients[1], gradients[0])

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bitcore/executor.h"
 #include "bitcore/tensor.h"
 
 namespace bitcore {
@@ -78,9 +79,10 @@ enum class Verify {
   trailer,     ///< As check_trailer; what an invalid code is unpacked as is unspecified (0, 1, 2 or -1).
 };
 
-/// Inverse of pack_weights: writes int8 codes of shape (out_features, in_features).
+/// Inverse of pack_weights: writes -1, 0 and 1 of shape (out_features, in_features), as int8 or a floating dtype.
 /// @throws QuantizationError where the check fails, or `qweight` has a wrong shape or dtype.
-void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify = Verify::every_byte);
+void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify = Verify::every_byte,
+                    Executor& executor = serial_executor());
 
 /// Rewrites a packed weight in another layout.
 std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_features, Layout layout);

@@ -156,6 +156,7 @@ for _name in (
     "prepare_weights",
     "pack_weights",
     "unpack_weights",
+    "weight_codes",
     "check_qweight",
     "checked_scale",
 ):
@@ -238,6 +239,12 @@ def _(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
     return qweight.new_empty([qweight.shape[0], in_features], dtype=torch.int8)
 
 
+@_fake("weight_codes")
+def _(qweight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    _checks.packed(qweight, in_features)
+    return qweight.new_empty([qweight.shape[0], in_features], dtype=dtype)
+
+
 @_fake("check_qweight")
 def _(qweight: Tensor, in_features: int) -> None:
     _checks.packed(qweight, in_features)
@@ -292,8 +299,10 @@ def _fake_bitlinear_train(
 
 # ---- autograd: the straight-through estimator ------------------------------------------------------------------------
 #
-# dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: matmuls with the integer codes, the scales folded into
-# dY. In float32 whatever the dtypes are, and rounded once to that of the argument.
+# dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: torch's own matmuls with the integer codes, which every
+# floating dtype holds exactly, the scales folded into dY, or into the product where there is one scale only. In float32,
+# but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast; rounded to the dtype of the
+# argument.
 
 
 def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -334,17 +343,31 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
 
 
 def _dx(ctx: Any, dy: Tensor, qweight_scale: Tensor, qweight: Tensor) -> Tensor:
-    codes = qweight
+    dtype = _matmul_dtype(dy)
     if qweight.dtype == torch.uint8:
-        codes = torch.ops.bitcore.unpack_weights(qweight, ctx.in_features, False)
-    scaled = dy.float() * qweight_scale.reshape(-1 if ctx.weight_per_channel else ())
-    return (scaled @ codes.float()).to(ctx.x_dtype)
+        codes = torch.ops.bitcore.weight_codes(qweight, ctx.in_features, dtype)
+    else:
+        codes = qweight.to(dtype)
+    return _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if ctx.weight_per_channel else ())).to(ctx.x_dtype)
 
 
 def _dweight(ctx: Any, dy: Tensor, qx: Tensor, x_scale: Tensor) -> Tensor:
-    scaled = dy.float() * x_scale if ctx.int8_activations else dy.float()
-    rows = scaled.reshape(-1, dy.shape[-1])
-    return (rows.t() @ qx.reshape(-1, ctx.in_features).float()).to(ctx.weight_dtype)
+    rows = dy.reshape(-1, dy.shape[-1])
+    if not ctx.int8_activations:
+        return (rows.float().t() @ qx.reshape(-1, ctx.in_features).float()).to(ctx.weight_dtype)
+    codes = qx.reshape(-1, ctx.in_features).to(_matmul_dtype(dy))
+    return _scaled_matmul(rows.t(), codes, x_scale.reshape(-1 if x_scale.ndim > 0 else ())).to(ctx.weight_dtype)
+
+
+def _matmul_dtype(dy: Tensor) -> torch.dtype:
+    return torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
+
+
+def _scaled_matmul(left: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """float32 (left * scale) @ codes, computed in the dtype of the codes. scale: (), or one for each column of left."""
+    if scale.ndim == 0:
+        return (left.to(codes.dtype) @ codes) * scale
+    return ((left * scale).to(codes.dtype) @ codes).float()
 
 
 def _dbias(ctx: Any, dy: Tensor) -> Tensor:
@@ -389,6 +412,7 @@ dequantize_x = torch.ops.bitcore.dequantize_x.default
 prepare_weights = torch.ops.bitcore.prepare_weights.default
 pack_weights = torch.ops.bitcore.pack_weights.default
 unpack_weights = torch.ops.bitcore.unpack_weights.default
+weight_codes = torch.ops.bitcore.weight_codes.default
 check_qweight = torch.ops.bitcore.check_qweight.default
 checked_scale = torch.ops.bitcore.checked_scale.default
 bitlinear = torch.ops.bitcore.bitlinear.default

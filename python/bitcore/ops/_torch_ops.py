@@ -140,6 +140,11 @@ def unpack_weights(qweight: Tensor, in_features: int, check: bool = True) -> Ten
     return codes
 
 
+def weight_codes(qweight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The codes as numbers, without a look at checksum and codes."""
+    return unpack_weights(qweight, in_features, False).to(dtype)
+
+
 def check_qweight(qweight: Tensor, in_features: int) -> None:
     """Synchronizes the device."""
     unpack_weights(qweight, in_features)
