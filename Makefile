@@ -14,6 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 BUILD := build
+DIST := dist
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
 .PHONY: help demo test setup build lint format wheel clean
@@ -52,10 +53,10 @@ format: setup
 	clang-format -i $(CPP_FILES)
 
 wheel: setup
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .
 
 clean:
-	rm -rf $(BUILD) dist demo-output python/bitcore/lib
+	rm -rf $(BUILD) $(DIST) demo-output python/bitcore/lib
 
 # --- what is installed, each step once -------------------------------------------------------------------------------
 
