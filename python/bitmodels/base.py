@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Collection
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -101,12 +102,26 @@ class BitModelBase(nn.Module):
         path = directory / MODEL_FILE
         tensors, metadata = read_tensors(path)
         cls._check_metadata(path, metadata, config)
+        try:
+            cls.check_names(config, tensors.keys())
+        except QuantizationError as error:
+            raise QuantizationError(f"{path}: {error}") from error
         model = cls._build_on_meta(directory / CONFIG_FILE, config)
         model._load(path, tensors)
         if _has_meta_tensors(model):  # Of tensors that no file holds, such as non-persistent buffers.
             model = cls(config)
             model._load(path, tensors)
         return model.eval()
+
+    @classmethod
+    def check_names(cls, config: Any, names: Collection[str]) -> None:
+        """A look at the names of a file's tensors before the model is built, for a config that would build without end.
+
+        A subclass whose config says how many layers there are overrides it. What passes is compared tensor by tensor.
+
+        Raises:
+            QuantizationError: the config wants more than the file has.
+        """
 
     @classmethod
     def _read_config(cls, directory: Path) -> BitModelConfig:

@@ -1,6 +1,7 @@
 """`BitMLPModel`: a multi-layer perceptron, every layer of it ternary."""
 
 import dataclasses
+from collections.abc import Collection
 from itertools import pairwise
 from typing import ClassVar
 
@@ -72,6 +73,12 @@ class BitMLPModel(BitModelBase):
             BitLinear(width, next_width, self.config.bias, quant_config=self.config.quant_config)
             for width, next_width in pairwise(widths)
         )
+
+    @classmethod
+    def check_names(cls, config: BitMLPConfig, names: Collection[str]) -> None:
+        layers = {name.split(".")[1] for name in names if name.startswith("layers.")}
+        if config.n_layers > len(layers):
+            raise QuantizationError(f"holds {len(layers)} layers, the config has n_layers={config.n_layers}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the logits.

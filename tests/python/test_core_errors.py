@@ -163,3 +163,14 @@ def test_compiled_code_raises_the_same_text() -> None:
     infer(codes)
     with pytest.raises(RuntimeError, match=r"^QuantizationError: qweight"):
         infer(codes + 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_of_zero_are_those_of_the_argument_on_every_device(device: str) -> None:
+    config = BitQuantConfig()
+    scale, qweight = (part.to(device) for part in bitlinear.prepare_weights(torch.randn(4, 16), config))
+    with pytest.raises(QuantizationError, match="^x has 0 features, "):
+        bitlinear.forward(torch.zeros(2, 0, device=device), None, scale, qweight, None, config)
+    for shape, name in (((4, 0), "in_features"), ((0, 4), "out_features")):
+        with pytest.raises(QuantizationError, match=f"^weight has 0 {name}, expected at least 1$"):
+            bitlinear.prepare_weights(torch.zeros(shape, device=device), config)

@@ -242,6 +242,24 @@ def test_a_config_beyond_all_memory(hidden_dim: int, tmp_path: Path) -> None:
         AutoBitModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("n_layers", [4, 10**6, 10**30])
+@pytest.mark.parametrize("with_metadata", [False, True])
+def test_a_config_of_more_layers_is_refused_before_it_is_built(
+    n_layers: int, with_metadata: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model().deploy().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path), path, {"n_layers": str(n_layers)} if with_metadata else None)
+    edit_config(n_layers=n_layers)(tmp_path)
+
+    def build(*_: object) -> None:
+        raise AssertionError("the model is built")
+
+    monkeypatch.setattr(BitMLPModel, "__init__", build)
+    with pytest.raises(QuantizationError, match=rf"model\.safetensors: holds 3 layers, .* n_layers={n_layers}$"):
+        AutoBitModel.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_missing_files(name: str, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)

@@ -216,6 +216,7 @@ def inference(
     )
     out_features, in_features = matrix("qweight", qweight)
     if qweight.dtype == torch.uint8:
+        require(features >= 1, f"x has {features} features, expected at least 1")
         packed(qweight, features)
         in_features = features
     weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)

@@ -224,6 +224,7 @@ def _(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
 @_fake("prepare_weights")
 def _(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
     _checks.floating("weight", weight)
+    _checks.matrix("weight", weight)
     return _weight_scale_like(weight, per_channel), _packed_like(weight, layout)
 
 
