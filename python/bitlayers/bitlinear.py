@@ -18,6 +18,8 @@ from bitlayers.weight_gradient import attach_weight_gradient
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_COMPUTED = "weight is computed (parametrized, weight_norm, pruning); remove that first"
+
 optimizer_steps.count_as_changes()
 
 
@@ -53,14 +55,26 @@ class BitLinear(nn.Linear):
       activations and gives gradients by the straight-through estimator. In evaluation mode it computes from a packed
       copy of the weight, with the same bits (int8 activations) and the same gradients. The copy is made at the first
       evaluation, dropped by `train()` and `load_state_dict()`, remade when the weight or `quant_config` was replaced
-      or changed (by an optimizer's step, too), and never saved. A change that autograd cannot see, in place through
-      `weight.data`, needs a `train()` to take effect.
+      or changed (by an optimizer's step, too), and never saved. A change that autograd cannot see (in place through
+      `weight.data` or a NumPy view, or by another process in shared memory) needs a `train()` to take effect.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
       (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and cannot be trained any more;
       x and bias still receive gradients.
 
     The state that `load_state_dict()` is given decides: a deployed one makes the layer deployed, a trainable one
-    makes it trainable again.
+    makes it trainable again, with a new parameter that no optimizer knows yet. A tensor that does not fit or is
+    damaged changes nothing. (Where keys are missing or unexpected, the rest is loaded before
+    `load_state_dict(strict=True)` raises, as in all of torch.)
+
+    Layers that share one `weight` (or share it with an `nn.Embedding`) are trained as one; each packs a copy of its
+    own, and `deploy()` of one leaves the weight to the others. Deployed layers share nothing.
+
+    A weight that is computed (`torch.nn.utils.parametrize`, `weight_norm`, pruning) is packed anew at every
+    evaluation that gives another tensor; `deploy()` and a deployed state want that removed first.
+
+    Any number of threads may run forward. One that evaluates while another thread changes the weight in place may
+    compute from a mixture of old and new values; a forward that begins after the change sees the new ones alone. What
+    changes the layer itself (`deploy()`, `load_state_dict()`, `train()`, `to()`) must not run beside a forward.
 
     Args:
         in_features: Size of the last dimension of x.
@@ -180,8 +194,8 @@ class BitLinear(nn.Linear):
         """
         if self.is_deployed:
             raise QuantizationError("deploy: the layer is deployed already")
-        if "weight" not in self._parameters:
-            raise QuantizationError("deploy: weight is parametrized; remove the parametrization first")
+        if self._weight_is_computed():
+            raise QuantizationError(f"deploy: {_COMPUTED}")
         # Any kernel of the standard form: what is saved must not depend on the kernels that are registered here.
         kernel = KernelRegistry.get_kernel_by_name("TorchKernel", self.quant_config)
         with torch.inference_mode(False), torch.no_grad():
@@ -201,6 +215,16 @@ class BitLinear(nn.Linear):
         if mode:
             self._packed = None
         return super().train(mode)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module; assignments to `weight` come through here, too.
+
+        Raises:
+            QuantizationError: a weight for a deployed layer, which would never be used.
+        """
+        if name == "weight" and param is not None and self.is_deployed:
+            raise QuantizationError("weight: the layer is deployed; load_state_dict() of a weight makes it trainable")
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         config = self.quant_config
@@ -230,6 +254,9 @@ class BitLinear(nn.Linear):
         packed = _PackedCopy(weight, weight.detach(), version, config, kernels, *_prepare(weight, config))
         self._packed = packed
         return packed
+
+    def _weight_is_computed(self) -> bool:
+        return "weight" not in self._parameters
 
     def _become_deployed(self, qweight_scale: Tensor, qweight: Tensor) -> None:
         self._packed = None
@@ -262,23 +289,27 @@ class BitLinear(nn.Linear):
     ) -> None:
         """Takes the state that is loaded, deployed or trainable, after a look at every byte of it."""
         self._packed = None
-        if self.bias is not None and (bias := state_dict.get(prefix + "bias")) is not None:
+        if self._parameters.get("bias") is not None and (bias := state_dict.get(prefix + "bias")) is not None:
             _check_values(prefix + "bias", bias)
+            _check_shape(prefix + "bias", bias, (self.out_features,))
         found = {name: state_dict.get(prefix + name) for name in ("weight", "qweight", "qweight_scale")}
         if found["qweight"] is not None or found["qweight_scale"] is not None:
             self._expect_deployed_state(prefix, found)
         elif found["weight"] is not None:
             self._expect_trainable_state(prefix, found["weight"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-        if self.qweight_scale is not None:  # With assign=True it is the loaded tensor itself.
+        if self.qweight_scale is not None and self.qweight is not None:  # With assign=True the loaded tensors.
             shape = _scale_shape(self.out_features, self.quant_config)
-            self.qweight_scale = self.qweight_scale.to(torch.float32).reshape(shape)
+            self.qweight_scale = _ordinary(self.qweight_scale).to(torch.float32).reshape(shape)
+            self.qweight = _ordinary(self.qweight)
 
     def _expect_deployed_state(self, prefix: str, found: dict[str, Tensor | None]) -> None:
         qweight, qweight_scale = found["qweight"], found["qweight_scale"]
         if qweight is None or qweight_scale is None or found["weight"] is not None:
             names = [prefix + name for name, tensor in found.items() if tensor is not None]
             raise QuantizationError(f"state_dict holds {names}, expected qweight and qweight_scale, or weight alone")
+        if self._weight_is_computed():
+            raise QuantizationError(f"{prefix}qweight: {_COMPUTED}")
         self._check_qweight(prefix + "qweight", qweight)
         self._check_qweight_scale(prefix + "qweight_scale", qweight_scale)
         if not self.is_deployed:
@@ -289,10 +320,8 @@ class BitLinear(nn.Linear):
 
     def _expect_trainable_state(self, prefix: str, weight: Tensor) -> None:
         _check_values(prefix + "weight", weight)
+        _check_shape(prefix + "weight", weight, (self.out_features, self.in_features))
         if self.qweight is not None:
-            shape = (self.out_features, self.in_features)
-            if tuple(weight.shape) != shape:
-                raise QuantizationError(f"{prefix}weight has shape {tuple(weight.shape)}, expected {shape}")
             with torch.inference_mode(False):
                 self._become_trainable(torch.empty_like(weight, device=self.qweight.device))
 
@@ -352,8 +381,21 @@ def _check_values(name: str, tensor: Tensor) -> None:
         raise QuantizationError(f"{name} holds NaN or infinity")
 
 
+def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != expected:
+        raise QuantizationError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
 def _scale_shape(out_features: int, config: BitQuantConfig) -> tuple[int, ...]:
     return (out_features,) if config.weight_granularity == "per_channel" else ()
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """No inference tensor: autograd may have to save it."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _with_dtype_of(original: Tensor, moved: Tensor | None) -> Tensor:

@@ -18,33 +18,13 @@ from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.base import compute_weight_scale, dequantize_weight, quantize_weight
 from bitlayers import BitLinear, deploy
+from layer_helpers import PER_CHANNEL, SIZES, buffers_of, evaluate, make_layer, make_x
 from support import same_bits
-
-PER_CHANNEL = BitQuantConfig("per_channel", "int8", "per_channel")
-SIZES = (37, 19)  # in, out: no multiple of a block.
 
 
 @pytest.fixture
 def x() -> Tensor:
-    return torch.randn(5, SIZES[0], generator=torch.Generator().manual_seed(1))
-
-
-def make_layer(config: BitQuantConfig | None = None, **kwargs: object) -> BitLinear:
-    torch.manual_seed(0)
-    return BitLinear(*SIZES, quant_config=config, **kwargs)  # type: ignore[arg-type]
-
-
-def evaluate(layer: BitLinear, x: Tensor) -> Tensor:
-    """The output of inference mode, from an untouched copy of what the layer holds."""
-    with torch.no_grad():
-        scale, qweight = bitlinear.prepare_weights(layer.weight, layer.quant_config)
-        return bitlinear.forward(x, None, scale, qweight, layer.bias, layer.quant_config)
-
-
-def buffers_of(layer: BitLinear) -> tuple[Tensor, Tensor]:
-    assert layer.qweight_scale is not None
-    assert layer.qweight is not None
-    return layer.qweight_scale, layer.qweight
+    return make_x()
 
 
 # --- construction ---------------------------------------------------------------------------------------------------
