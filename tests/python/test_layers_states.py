@@ -1003,25 +1003,29 @@ def run_threads(*work: Callable[[], object]) -> None:
     assert not failures, failures
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
 @torch.no_grad()
-def test_a_change_while_another_thread_packs_outdates_the_copy(monkeypatch: pytest.MonkeyPatch, x: Tensor) -> None:
+def test_a_change_while_another_thread_packs_outdates_the_copy(
+    moment: str, monkeypatch: pytest.MonkeyPatch, x: Tensor
+) -> None:
+    """The change falls between the look at the weight's version and the storing of the copy."""
     layer = layer_in("training").eval()
     original = bitlinear.prepare_weights
-    changes = iter([before_packing := threading.Event(), after_packing := threading.Event()])
+    calls = list[str]()
 
     def prepare(weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        event = next(changes, None)
-        if event is before_packing:
-            run_threads(lambda: layer.weight.neg_())
+        calls.append(moment)
+        if moment == "before":
+            run_threads(lambda: layer.weight.copy_(noise()))
         prepared = original(weight, *args)
-        if event is after_packing:
-            run_threads(lambda: layer.weight.mul_(noise()))
+        if moment == "after":
+            run_threads(lambda: layer.weight.copy_(noise()))
         return prepared
 
     monkeypatch.setattr(bitlinear, "prepare_weights", prepare)
-    for _ in range(2):
-        layer(x)
+    layer(x)
     monkeypatch.setattr(bitlinear, "prepare_weights", original)
+    assert calls == [moment]
     assert same_bits(layer(x), evaluate(layer, x))
 
 
