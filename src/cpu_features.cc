@@ -5,6 +5,10 @@
 
 #include "bitcore/kernels/registry.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -24,6 +28,13 @@ bool cpu_has_neon_dot() { return false; }
 
 bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
+// Clang 14 does not know the name "avxvnni". AVX2's check covers the registers.
+bool cpu_has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kAvxVnni = 1u << 4;  // in EAX of leaf 7, subleaf 1
+  return cpu_has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kAvxVnni) != 0;
+}
+
 bool cpu_has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -37,6 +48,7 @@ std::vector<std::string_view> cpu_features() {
   std::vector<std::string_view> names = {"sse2"};
   if (__builtin_cpu_supports("avx2")) names.push_back("avx2");
   if (__builtin_cpu_supports("fma")) names.push_back("fma");
+  if (cpu_has_avx_vnni()) names.push_back("avxvnni");
   if (__builtin_cpu_supports("avx512f")) names.push_back("avx512f");
   if (__builtin_cpu_supports("avx512bw")) names.push_back("avx512bw");
   if (__builtin_cpu_supports("avx512vl")) names.push_back("avx512vl");
@@ -48,6 +60,7 @@ std::vector<std::string_view> cpu_features() {
 #else
 
 bool cpu_has_avx2() { return false; }
+bool cpu_has_avx_vnni() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_avx512_vnni() { return false; }
 bool cpu_has_avx512_vbmi() { return false; }

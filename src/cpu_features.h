@@ -8,6 +8,9 @@ namespace bitcore {
 /// AVX2 and FMA.
 bool cpu_has_avx2();
 
+/// The same and VNNI with 256-bit registers in AVX's encoding.
+bool cpu_has_avx_vnni();
+
 /// AVX-512 F, BW, DQ and VL.
 bool cpu_has_avx512();
 

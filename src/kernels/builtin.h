@@ -14,11 +14,14 @@ namespace bitcore {
 
 extern const TileFunctions kFloat32Avx2Tiles;      // float32_avx2.cc
 extern const TileFunctions kFloat32Avx512Tiles;    // float32_avx512.cc
+extern const TileFunctions kFloat32NeonTiles;      // float32_neon.cc
 extern const TileFunctions kFloat32PortableTiles;  // float32_portable.cc
 extern const TileFunctions kInt8Avx2Tiles;         // int8_avx2.cc
 extern const TileFunctions kInt8Avx512VbmiTiles;   // int8_avx512vbmi.cc
 extern const TileFunctions kInt8Avx512VnniTiles;   // int8_avx512vnni.cc
+extern const TileFunctions kInt8AvxVnniTiles;      // int8_avxvnni.cc
 extern const TileFunctions kInt8NeonDotTiles;      // int8_neondot.cc
+extern const TileFunctions kInt8NeonTiles;         // int8_neon.cc
 extern const TileFunctions kInt8PortableTiles;     // int8_portable.cc
 
 /// Plain loops for every config.

@@ -27,14 +27,18 @@ std::vector<KernelPtr> builtin_kernels() {
 #if defined(__x86_64__)
   add("Int8Avx512VbmiKernel", "AVX-512 VNNI and VBMI", cpu_has_avx512_vbmi(), kInt8Avx512VbmiTiles);
   add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles);
+  add("Int8AvxVnniKernel", "AVX-VNNI", cpu_has_avx_vnni(), kInt8AvxVnniTiles);
   add("Int8Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kInt8Avx2Tiles);
 #elif defined(__aarch64__)
   add("Int8NeonDotKernel", "NEON dot product", cpu_has_neon_dot(), kInt8NeonDotTiles);
+  add("Int8NeonKernel", "NEON", true, kInt8NeonTiles);
 #endif
   add("Int8PortableKernel", "any CPU", true, kInt8PortableTiles);
 #if defined(__x86_64__)
   add("Float32Avx512Kernel", "AVX-512", cpu_has_avx512(), kFloat32Avx512Tiles);
   add("Float32Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kFloat32Avx2Tiles);
+#elif defined(__aarch64__)
+  add("Float32NeonKernel", "NEON", true, kFloat32NeonTiles);
 #endif
   add("Float32PortableKernel", "any CPU", true, kFloat32PortableTiles);
   kernels.push_back(make_reference_kernel());

@@ -112,7 +112,8 @@ struct Buffers {
     Thread thread{};
     thread.floats = arena.take<float>(plan.k_padded);
     thread.rows = arena.take<std::byte>(rows * plan.row_bytes);
-    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(weight_rows * weight_k / 4);
+    // A vector load of the last step reads on, as it does into the trailer of a packed weight.
+    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(weight_rows * weight_k / 4 + kTrailerBytes);
     if (plan.direct) return thread;
     thread.panel = arena.take<std::byte>(plan.k_block * f.panel_rows * f.panel_element);
     thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panel_rows);

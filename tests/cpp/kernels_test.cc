@@ -8,9 +8,14 @@
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
+#include "cpu_features.h"
+#include "kernels/tiled_kernel.h"
 #include "support.h"
 
 namespace bitcore {
+
+extern const TileFunctions kInt8AvxVnniEvexTiles;  // int8_avxvnni.cc, as tests/cpp/CMakeLists.txt compiles it
+
 namespace {
 
 using testing::all_configs;
@@ -60,6 +65,31 @@ struct Layer {
     return y;
   }
 };
+
+// Kernels that are built for these tests alone.
+const std::vector<KernelRegistry::KernelPtr>& test_kernels() {
+#if defined(__x86_64__)
+  // Int8AvxVnniKernel for CPUs that have its instruction in the other encoding only.
+  static const std::vector<KernelRegistry::KernelPtr> kernels = {std::make_shared<TiledKernel>(
+      "Int8AvxVnniEvexKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8AvxVnniEvexTiles)};
+#else
+  static const std::vector<KernelRegistry::KernelPtr> kernels;
+#endif
+  return kernels;
+}
+
+// Registers them while one of this file's suites runs.
+class WithTestKernels : public ::testing::Test {
+ public:
+  static void SetUpTestSuite() {
+    for (const auto& kernel : test_kernels()) KernelRegistry::register_kernel(kernel);
+  }
+  static void TearDownTestSuite() {
+    for (const auto& kernel : test_kernels()) KernelRegistry::unregister_kernel(kernel->name());
+  }
+};
+
+class Kernels : public WithTestKernels {};
 
 std::vector<std::string> kernels_for(const BitQuantConfig& config) {
   std::vector<std::string> names;
@@ -127,7 +157,7 @@ void check_all_kernels(const Layer& layer, const Floats& x) {
 }
 
 // The other tests walk over the kernels that run here; this one says which do not.
-class EveryKernel : public ::testing::TestWithParam<std::string> {};
+class EveryKernel : public WithTestKernels, public ::testing::WithParamInterface<std::string> {};
 
 TEST_P(EveryKernel, RunsItsConfigs) {
   const auto all = KernelRegistry::all_kernels();
@@ -144,16 +174,17 @@ TEST_P(EveryKernel, RunsItsConfigs) {
   EXPECT_GE(configs, 4);
 }
 
-std::vector<std::string> builtin_names() {
+std::vector<std::string> all_names() {
   std::vector<std::string> names;
   for (const auto& kernel : KernelRegistry::all_kernels()) names.emplace_back(kernel->name());
+  for (const auto& kernel : test_kernels()) names.emplace_back(kernel->name());
   return names;
 }
 
-INSTANTIATE_TEST_SUITE_P(Builtin, EveryKernel, ::testing::ValuesIn(builtin_names()),
+INSTANTIATE_TEST_SUITE_P(All, EveryKernel, ::testing::ValuesIn(all_names()),
                          [](const auto& name) { return name.param; });
 
-class KernelShapes : public ::testing::TestWithParam<std::tuple<int, Shape>> {};
+class KernelShapes : public WithTestKernels, public ::testing::WithParamInterface<std::tuple<int, Shape>> {};
 
 TEST_P(KernelShapes, MatchReference) {
   const BitQuantConfig config = all_configs()[static_cast<std::size_t>(std::get<0>(GetParam()))];
@@ -174,7 +205,7 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{37, 3, 1031}, Shape{131, 1, 19}, Shape{97, 257, 1025},
                                          Shape{1, 1021, 2053}, Shape{600, 50, 100})));
 
-TEST(Kernels, EveryTokenCountUpToThreeTiles) {
+TEST_F(Kernels, EveryTokenCountUpToThreeTiles) {
   for (const BitQuantConfig& config :
        {BitQuantConfig{}, BitQuantConfig{.activation_dtype = ActivationDtype::float32}}) {
     const Layer layer(config, 37, 83, 3);
@@ -185,7 +216,7 @@ TEST(Kernels, EveryTokenCountUpToThreeTiles) {
   }
 }
 
-TEST(Kernels, ExtremeValues) {
+TEST_F(Kernels, ExtremeValues) {
   const float huge = std::numeric_limits<float>::max();
   const float denormal = std::numeric_limits<float>::denorm_min();
   for (const BitQuantConfig& config : all_configs()) {
@@ -209,7 +240,7 @@ TEST(Kernels, ExtremeValues) {
   }
 }
 
-TEST(Kernels, NonFiniteRows) {
+TEST_F(Kernels, NonFiniteRows) {
   for (const BitQuantConfig& config : all_configs()) {
     const Layer layer(config, 20, 40, 6);
     for (const std::int64_t tokens : {3, 30}) {
@@ -228,50 +259,61 @@ TEST(Kernels, NonFiniteRows) {
   }
 }
 
-// int8 codes given directly, -128 included, which no scale of the contract produces.
-TEST(Kernels, QuantizedCodesAtTheirLimits) {
+// int8 codes given directly, -128 included, which no scale of the contract produces. In a row of x all codes are the
+// same, in a row of weights as well: every partial sum is as large as it can be at this K. Expected values need no
+// other kernel: token m and row n give K * code(m) * weight(n).
+void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::int64_t in_features) {
+  SCOPED_TRACE("tokens " + std::to_string(tokens) + " in_features " + std::to_string(in_features));
   const BitQuantConfig config{.activation_granularity = Granularity::per_channel};
-  for (const std::int64_t tokens : {1, 4, 5, 12, 13, 30}) {
-    for (const std::int64_t in_features : {1, 64, 515, 4099}) {
-      const Layer layer(config, 35, in_features, 4);
-      Codes qx(static_cast<std::size_t>(tokens * in_features), -128);
-      const Floats x_scale(static_cast<std::size_t>(tokens), 0.5f);
-      Floats expected;
-      for (const std::string& kernel : kernels_for(config)) {
-        SCOPED_TRACE(kernel);
-        Floats y(static_cast<std::size_t>(tokens * 35));
-        bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, layer.scale, layer.qweight(), {},
-                                     config, {y.data(), tokens, 35}, {&serial_executor(), kernel});
-        if (expected.empty()) expected = y;
-        EXPECT_EQ(y, expected);
-      }
+  const auto code = [](std::int64_t token) { return token % 2 == 0 ? -128 : 127; };
+  const auto weight = [](std::int64_t row) { return 1 - row % 3; };  // 1 first: its code is the largest
+  Codes qx, weights;
+  for (std::int64_t m = 0; m < tokens; ++m) qx.insert(qx.end(), in_features, static_cast<std::int8_t>(code(m)));
+  for (std::int64_t n = 0; n < out_features; ++n) {
+    weights.insert(weights.end(), in_features, static_cast<std::int8_t>(weight(n)));
+  }
+  const std::vector<std::uint8_t> packed = pack_weights({weights.data(), out_features, in_features});
+  const ConstMatrixView qweight(packed.data(), out_features, packed_shape(out_features, in_features).row_bytes());
+  const Floats one = {1.0f};
+  const Floats x_scale(static_cast<std::size_t>(tokens), 1.0f);
+  Floats expected;
+  for (std::int64_t m = 0; m < tokens; ++m) {
+    for (std::int64_t n = 0; n < out_features; ++n) {
+      expected.push_back(static_cast<float>(code(m) * weight(n) * in_features));
     }
+  }
+  for (const std::string& kernel : kernels_for(config)) {
+    SCOPED_TRACE(kernel);
+    Floats y(expected.size());
+    bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, one, qweight, {}, config,
+                                 {y.data(), tokens, out_features}, {&serial_executor(), kernel});
+    EXPECT_EQ(y, expected);
   }
 }
 
-// K at which an int32 accumulator of a 2-bit field that is worth 64 times its value would overflow (524,292), at the
-// limit of the format, and around the fold of 16,384 steps.
-TEST(Kernels, LargeInFeatures) {
-  const BitQuantConfig config;
-  for (const std::int64_t in_features :
-       {std::int64_t{262143}, std::int64_t{262145}, std::int64_t{524291}, std::int64_t{524293}, kMaxInFeatures}) {
-    SCOPED_TRACE(in_features);
-    const Codes ones(static_cast<std::size_t>(in_features), 1);
-    const std::vector<std::uint8_t> packed = pack_weights({ones.data(), 1, in_features});
-    const Codes qx(static_cast<std::size_t>(in_features), -128);
-    const Floats scale = {1.0f};
-    for (const std::string& kernel : kernels_for(config)) {
-      SCOPED_TRACE(kernel);
-      Floats y(1);
-      bitlinear::forward_quantized({qx.data(), 1, in_features}, scale, scale,
-                                   {packed.data(), 1, packed_shape(1, in_features).row_bytes()}, {}, config,
-                                   {y.data(), 1, 1}, {&serial_executor(), kernel});
-      EXPECT_EQ(y[0], static_cast<float>(-128 * in_features));
+// Around the k after which int16 sums are folded (AVX2: 64 groups of four; NEON: 128) and their multiples, with one to
+// many tokens, whole and partial tiles.
+TEST_F(Kernels, Int16SumsAtTheirBounds) {
+  for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 12, 13, 30}) {
+    for (const std::int64_t bound : {256, 512, 1024}) {
+      for (const std::int64_t k : {bound - 1, bound, bound + 1, bound + 16}) check_extreme_codes(tokens, 35, k);
     }
+    check_extreme_codes(tokens, 35, 1);
+    check_extreme_codes(tokens, 35, 4099);
   }
 }
 
-TEST(Kernels, HugeAndTinyScales) {
+// Around the k at which an int32 sum of a 2-bit field that is worth 64 times its value is folded (262,144) and would
+// overflow (524,292).
+TEST_F(Kernels, Int32SumsAtTheirBounds) {
+  for (const std::int64_t in_features : {262143, 262145, 524287, 524291, 524293, 600001}) {
+    for (const std::int64_t tokens : {1, 2, 4, 13}) check_extreme_codes(tokens, 2, in_features);
+  }
+}
+
+TEST_F(Kernels, MostInFeatures) { check_extreme_codes(2, 1, kMaxInFeatures); }
+
+TEST_F(Kernels, HugeAndTinyScales) {
   for (const BitQuantConfig& config : all_configs()) {
     Layer layer(config, 18, 50, 2);
     const Floats x = random_floats(14 * 50, 3);
@@ -282,24 +324,41 @@ TEST(Kernels, HugeAndTinyScales) {
   }
 }
 
-TEST(Kernels, InvalidCodesAreFound) {
-  for (const BitQuantConfig& config : all_configs()) {
-    for (const std::int64_t tokens : {1, 3, 7, 12, 13, 40}) {
-      for (const std::int64_t row : {0, 16, 36}) {
-        Layer layer(config, 37, 90, 2);
-        const Floats x = random_floats(tokens * 90, 3);
-        const std::int64_t row_bytes = packed_shape(37, 90).payload_row_bytes;
-        layer.packed[static_cast<std::size_t>(row / 16 * 16 * row_bytes + 3)] |= 0x30;
-        for (const std::string& kernel : kernels_for(config)) {
-          SCOPED_TRACE(kernel);
-          testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel); }, {"qweight", "code"});
+// In any lane of a tile, whole or partial, any step and any field. Sizes: two panels of rows for any kernel, the last
+// tile has 5 rows; two blocks of k.
+TEST_F(Kernels, InvalidCodesAreFound) {
+  constexpr std::int64_t kRows = 69, kInFeatures = 1060;
+  const PackedShape shape = packed_shape(kRows, kInFeatures);
+  const std::int64_t steps = shape.payload_row_bytes / 4;
+  for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+    const BitQuantConfig config{.activation_dtype = dtype};
+    Layer layer(config, kRows, kInFeatures, 2);
+    for (const std::int64_t tokens : {1, 3, 5, 14}) {
+      const Floats x = random_floats(tokens * kInFeatures, 3);
+      std::int64_t code = 0;  // every place of a word in turn
+      for (const std::int64_t row : {0, 3, 7, 8, 15, 16, 31, 32, 63, 64, 67, 68}) {
+        for (const std::int64_t step : {std::int64_t{0}, steps / 2, steps - 1}) {
+          SCOPED_TRACE(std::to_string(tokens) + " tokens, row " + std::to_string(row) + ", step " +
+                       std::to_string(step) + ", code " + std::to_string(code));
+          const std::int64_t tile_rows = std::min(kTileRows, kRows - row / kTileRows * kTileRows);
+          const std::int64_t word = row / kTileRows * kTileRows * steps + step * tile_rows + row % kTileRows;
+          std::uint8_t& byte = layer.packed[static_cast<std::size_t>(4 * word + code % 4)];
+          const std::uint8_t valid = byte;
+          byte |= static_cast<std::uint8_t>(3 << (2 * (code / 4)));
+          for (const std::string& kernel : kernels_for(config)) {
+            SCOPED_TRACE(kernel);
+            testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel, &serial_executor()); },
+                                                     {"qweight", "code"});
+          }
+          byte = valid;
+          code = (code + 1) % 16;
         }
       }
     }
   }
 }
 
-TEST(Kernels, RowsDoNotDependOnTheirBatch) {
+TEST_F(Kernels, RowsDoNotDependOnTheirBatch) {
   for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
     const BitQuantConfig config{Granularity::per_channel, dtype, Granularity::per_channel};
     const Layer layer(config, 50, 300, 1);
@@ -314,7 +373,7 @@ TEST(Kernels, RowsDoNotDependOnTheirBatch) {
   }
 }
 
-TEST(Kernels, StridedAndSixteenBitTensors) {
+TEST_F(Kernels, StridedAndSixteenBitTensors) {
   const BitQuantConfig config{.activation_granularity = Granularity::per_channel};
   const Layer layer(config, 21, 30, 1);
   std::vector<std::uint16_t> x(14 * 40);  // rows of 30 elements, 40 apart

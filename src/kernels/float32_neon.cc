@@ -1,0 +1,42 @@
+// float32 activations with NEON.
+//
+// CPU feature: NEON (every ARM64 CPU). Layout, order of the sums, bounds: float32_tiles-inl.h.
+#include <arm_neon.h>
+
+#include "kernels/builtin.h"
+#include "kernels/float32_tiles-inl.h"
+
+namespace bitcore {
+namespace {
+
+struct Neon {
+  using Vector = float32x4_t;
+  static constexpr int kLanes = 4;
+
+  static Vector load(const float* values) { return vld1q_f32(values); }
+  static void store(float* out, Vector values) { vst1q_f32(out, values); }
+  static Vector broadcast(float value) { return vdupq_n_f32(value); }
+  static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
+  static void multiply_add(Vector& acc, Vector a, Vector b) {
+    acc = vfmaq_f32(acc, a, b);
+    asm("" : "+w"(acc));  // keeps GCC 12 from copying the sums around
+  }
+
+  template <int Shift>
+  static Vector decode(const std::uint32_t* words) {
+    uint32x4_t shifted = vld1q_u32(words);
+    if constexpr (Shift > 0) shifted = vshrq_n_u32(shifted, Shift);
+    const int32x4_t codes = vreinterpretq_s32_u32(vandq_u32(shifted, vdupq_n_u32(3)));
+    return vcvtq_f32_s32(vsubq_s32(codes, vdupq_n_s32(1)));
+  }
+};
+
+// 6 tokens x 4 registers of sums: 24 of 32 registers, and 4 independent sums for a single token.
+// 16 rows x 256 x 4 bytes = 16 KiB: half of a common L1 cache.
+using Tiles = Float32Tiles<Neon, /*Vectors=*/4, /*Tokens=*/6, /*Block=*/256>;
+
+}  // namespace
+
+constinit const TileFunctions kFloat32NeonTiles = Tiles::table();
+
+}  // namespace bitcore
