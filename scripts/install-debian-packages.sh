@@ -4,7 +4,8 @@
 set -euo pipefail
 
 python="${1:-python3}"
-packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format)
+packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format
+  g++-aarch64-linux-gnu qemu-user)
 
 if ! command -v dpkg-query >/dev/null; then
   echo "This system is not Debian. Needed: ${packages[*]}, or what they are called here." >&2

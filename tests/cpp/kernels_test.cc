@@ -203,7 +203,12 @@ INSTANTIATE_TEST_SUITE_P(
                                          Shape{8, 48, 128}, Shape{11, 47, 255}, Shape{12, 64, 256}, Shape{13, 65, 257},
                                          Shape{23, 13, 511}, Shape{24, 97, 512}, Shape{25, 100, 513},
                                          Shape{37, 3, 1031}, Shape{131, 1, 19}, Shape{97, 257, 1025},
-                                         Shape{1, 1021, 2053}, Shape{600, 50, 100})));
+                                         Shape{1, 1021, 2053}, Shape{600, 50, 100})),
+    [](const auto& test) {
+      const Shape& shape = std::get<1>(test.param);
+      return std::to_string(shape.tokens) + "x" + std::to_string(shape.out_features) + "x" +
+             std::to_string(shape.in_features) + "_config" + std::to_string(std::get<0>(test.param));
+    });
 
 TEST_F(Kernels, EveryTokenCountUpToThreeTiles) {
   for (const BitQuantConfig& config :
