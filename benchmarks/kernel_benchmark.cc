@@ -5,8 +5,10 @@
 // Forward/<kernel>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward, quantization and
 // thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N K / time;
 // GB/s counts packed weights.
+// Limit/<dtype>/<ISA>/<instructions>/<threads>: GOPS of the multiply-adds that the kernels of that ISA are made of.
 #include <benchmark/benchmark.h>
 
+#include <atomic>
 #include <cstdint>
 #include <random>
 #include <string>
@@ -16,6 +18,7 @@
 #include "bitcore/executor.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
+#include "kernels/int8_avxvnni_evex.h"
 #include "limits.h"
 
 namespace bitcore::benchmarks {
@@ -87,14 +90,17 @@ void read_bandwidth(benchmark::State& state) {
       benchmark::Counter(static_cast<double>(kRotationBytes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-void vnni_peak(benchmark::State& state) {
+void arithmetic(benchmark::State& state, const ArithmeticLimit& limit) {
   const int threads = static_cast<int>(state.range(0));
   constexpr std::int64_t kRounds = 200'000;
+  std::int64_t multiply_adds = 0;
   for (auto _ : state) {
-    default_executor().run(threads, [&](int) { benchmark::DoNotOptimize(vnni_multiply_adds(kRounds)); });
+    std::atomic<std::int64_t> done{0};
+    default_executor().run(threads, [&](int) { done += limit.run(kRounds); });
+    multiply_adds = done;
   }
-  const double operations = 2.0 * threads * static_cast<double>(kRounds) * 24 * 64;
-  state.counters["GOPS"] = benchmark::Counter(operations * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+  state.counters["GOPS"] =
+      benchmark::Counter(2e-9 * static_cast<double>(multiply_adds), benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void register_forward(const Case& c) {
@@ -107,8 +113,17 @@ void register_forward(const Case& c) {
 void register_all() {
   for (const int threads : {1, 2}) {
     benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Arg(threads)->UseRealTime();
-    if (has_vnni()) benchmark::RegisterBenchmark("Limit/VnniPeak", vnni_peak)->Arg(threads)->UseRealTime();
+    for (const ArithmeticLimit& limit : arithmetic_limits()) {
+      if (!limit.supported) continue;
+      benchmark::RegisterBenchmark(("Limit/" + std::string(limit.name)).c_str(),
+                                   [&limit](benchmark::State& state) { arithmetic(state, limit); })
+          ->Arg(threads)
+          ->UseRealTime();
+    }
   }
+#if defined(__x86_64__)
+  KernelRegistry::register_kernel(make_int8_avxvnni_evex_kernel());
+#endif
   for (const auto& kernel : KernelRegistry::all_kernels()) {
     if (!kernel->is_supported() || kernel->name() == "ReferenceKernel") continue;
     for (const int threads : {1, 2}) {

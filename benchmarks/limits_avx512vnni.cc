@@ -1,30 +1,34 @@
 #include <immintrin.h>
 
-#include "limits.h"
+#include "limits-inl.h"
 
 namespace bitcore::benchmarks {
+namespace {
 
-bool has_vnni() { return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw"); }
+struct ZmmVnni {
+  using Vector = __m512i;
+  static constexpr int kMultiplyAdds = 64;
+  static Vector zero() { return _mm512_setzero_si512(); }
+  static void multiply_add(Vector& sum) {
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_set1_epi8(3));
+    asm volatile("" : "+v"(sum));
+  }
+};
 
-std::int64_t vnni_multiply_adds(std::int64_t rounds) {
-  constexpr int kSums = 24;  // as many as the kernels keep
-  __m512i sums[kSums];
-#pragma GCC unroll 24
-  for (int i = 0; i < kSums; ++i) sums[i] = _mm512_set1_epi32(i);
-  const __m512i codes = _mm512_set1_epi8(1);
-  const __m512i activations = _mm512_set1_epi8(3);
-  for (std::int64_t round = 0; round < rounds; ++round) {
-#pragma GCC unroll 24
-    for (int i = 0; i < kSums; ++i) {
-      sums[i] = _mm512_dpbusd_epi32(sums[i], codes, activations);
-      asm volatile("" : "+v"(sums[i]));
-    }
+struct YmmVnni {
+  using Vector = __m256i;
+  static constexpr int kMultiplyAdds = 32;
+  static Vector zero() { return _mm256_setzero_si256(); }
+  static void multiply_add(Vector& sum) {
+    sum = _mm256_dpbusd_epi32(sum, _mm256_set1_epi8(1), _mm256_set1_epi8(3));
+    asm volatile("" : "+v"(sum));
   }
-#pragma GCC unroll 24
-  for (int i = 0; i < kSums; ++i) {
-    asm volatile("" : : "v"(sums[i]));
-  }
-  return rounds * kSums * 64;
-}
+};
+
+}  // namespace
+
+std::int64_t avx512_vnni_multiply_adds(std::int64_t rounds) { return multiply_adds<ZmmVnni, 24>(rounds); }
+
+std::int64_t evex_vnni_multiply_adds(std::int64_t rounds) { return multiply_adds<YmmVnni, 12>(rounds); }
 
 }  // namespace bitcore::benchmarks

@@ -4,21 +4,20 @@
 // (wrapping ones cancel), for any k.
 //
 // The same instruction exists in two encodings: VEX (AVX-VNNI), which the library uses, and EVEX (AVX-512 VNNI and VL).
-// The tests compile this file a second time, without -mavxvnni, for the EVEX one, so that it runs on CPUs with AVX-512
-// VNNI but no AVX-VNNI as well.
+// int8_avxvnni_evex.cc compiles this file a second time, for the EVEX one: tests and benchmarks run it on CPUs with
+// AVX-512 VNNI that lack AVX-VNNI.
 #include "kernels/builtin.h"
 #include "kernels/int8_avx2-inl.h"
 #include "quantize-inl.h"
 
 namespace bitcore {
 
-#if defined(__AVXVNNI__)
-#define BITCORE_DPBUSD _mm256_dpbusd_avx_epi32
-#define BITCORE_TILES kInt8AvxVnniTiles
-#else
+#ifdef BITCORE_EVEX
 #define BITCORE_DPBUSD _mm256_dpbusd_epi32
 #define BITCORE_TILES kInt8AvxVnniEvexTiles
-extern const TileFunctions kInt8AvxVnniEvexTiles;  // tests/cpp/kernels_test.cc
+#else
+#define BITCORE_DPBUSD _mm256_dpbusd_avx_epi32
+#define BITCORE_TILES kInt8AvxVnniTiles
 #endif
 
 namespace {

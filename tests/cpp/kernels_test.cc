@@ -8,14 +8,10 @@
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
-#include "cpu_features.h"
-#include "kernels/tiled_kernel.h"
+#include "kernels/int8_avxvnni_evex.h"
 #include "support.h"
 
 namespace bitcore {
-
-extern const TileFunctions kInt8AvxVnniEvexTiles;  // int8_avxvnni.cc, as tests/cpp/CMakeLists.txt compiles it
-
 namespace {
 
 using testing::all_configs;
@@ -69,9 +65,7 @@ struct Layer {
 // Kernels that are built for these tests alone.
 const std::vector<KernelRegistry::KernelPtr>& test_kernels() {
 #if defined(__x86_64__)
-  // Int8AvxVnniKernel for CPUs that have its instruction in the other encoding only.
-  static const std::vector<KernelRegistry::KernelPtr> kernels = {std::make_shared<TiledKernel>(
-      "Int8AvxVnniEvexKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8AvxVnniEvexTiles)};
+  static const std::vector<KernelRegistry::KernelPtr> kernels = {make_int8_avxvnni_evex_kernel()};
 #else
   static const std::vector<KernelRegistry::KernelPtr> kernels;
 #endif

@@ -22,6 +22,7 @@ def test_every_kernel_file_has_ten_mutations() -> None:
         str(path.relative_to(ROOT))
         for pattern in ("int8_*", "float32_*")
         for path in (ROOT / "src" / "kernels").glob(pattern)
+        if "evex" not in path.name  # includes int8_avxvnni.cc
     }
     assert set(counts) == kernels
     assert min(counts.values()) >= 10, counts
