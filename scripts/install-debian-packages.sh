@@ -4,8 +4,9 @@
 set -euo pipefail
 
 python="${1:-python3}"
-packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format
-  g++-aarch64-linux-gnu qemu-user)
+packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format)
+# For the tests on emulated CPUs, which are skipped without them.
+emulation_packages=(g++-aarch64-linux-gnu qemu-user)
 
 if ! command -v dpkg-query >/dev/null; then
   echo "This system is not Debian. Needed: ${packages[*]}, or what they are called here." >&2
@@ -21,6 +22,12 @@ missing=()
 for package in "${packages[@]}"; do
   is_installed "$package" || missing+=("$package")
 done
+missing_emulation=()
+if [ "$(dpkg --print-architecture)" = amd64 ]; then
+  for package in "${emulation_packages[@]}"; do
+    is_installed "$package" || missing_emulation+=("$package")
+  done
+fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
   missing+=(python3 python3-venv)
 fi
@@ -28,12 +35,15 @@ fi
 if ! "$python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null; then
   missing+=(python3-dev)
 fi
-[ "${#missing[@]}" -eq 0 ] && exit 0
+[ "${#missing[@]}" -eq 0 ] && [ "${#missing_emulation[@]}" -eq 0 ] && exit 0
 
 if [ "$(id -u)" -eq 0 ]; then
   as_root=(env DEBIAN_FRONTEND=noninteractive)
 elif sudo -n true 2>/dev/null; then
   as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
+elif [ "${#missing[@]}" -eq 0 ]; then
+  echo "The tests on emulated CPUs will be skipped, they need: apt-get install ${missing_emulation[*]}" >&2
+  exit 0
 else
   echo "Some Debian packages are missing. Install them, then run make again:" >&2
   echo >&2
@@ -42,6 +52,7 @@ else
   exit 1
 fi
 
+missing+=("${missing_emulation[@]}")
 echo "Installing Debian packages: ${missing[*]}"
 "${as_root[@]}" apt-get update
 "${as_root[@]}" apt-get install --yes --no-install-recommends "${missing[@]}"

@@ -41,6 +41,7 @@ from support import (
 
 BUILT_IN = {
     "Int8Avx512VnniKernel",
+    "Int8AvxVnniKernel",
     "Int8Avx2Kernel",
     "Int8PortableKernel",
     "Float32Avx512Kernel",
