@@ -43,6 +43,27 @@ TEST(Registry, ListsWhatRunsHere) {
   }
 }
 
+// On an emulated lesser CPU as well: see CMakeLists.txt.
+TEST(Registry, TheFirstThatRunsIsTheBest) {
+#if defined(__x86_64__)
+  const std::vector<std::string> int8 = {"Int8Avx512VnniKernel", "Int8AvxVnniKernel", "Int8Avx2Kernel",
+                                         "Int8PortableKernel"};
+  const std::vector<std::string> float32 = {"Float32Avx512Kernel", "Float32Avx2Kernel", "Float32PortableKernel"};
+#else
+  const std::vector<std::string> int8 = {"Int8NeonDotKernel", "Int8NeonKernel", "Int8PortableKernel"};
+  const std::vector<std::string> float32 = {"Float32NeonKernel", "Float32PortableKernel"};
+#endif
+  const std::vector<std::string> available = KernelRegistry::list_available_kernels();
+  for (const BitQuantConfig& config : all_configs()) {
+    const auto& order = config.activation_dtype == ActivationDtype::int8 ? int8 : float32;
+    const auto best = std::find_if(order.begin(), order.end(), [&](const std::string& name) {
+      return std::count(available.begin(), available.end(), name) == 1;
+    });
+    ASSERT_NE(best, order.end());
+    EXPECT_EQ(KernelRegistry::get_kernel_for_config(config)->name(), *best);
+  }
+}
+
 TEST(Registry, FamilyNamesAreTheBestOfTheirFamily) {
   EXPECT_EQ(KernelRegistry::get_kernel_by_name("Int8Kernel", {}), KernelRegistry::get_kernel_for_config({}));
   const BitQuantConfig float32{.activation_dtype = ActivationDtype::float32};
