@@ -4,6 +4,7 @@ from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
 from bitcore.ops import bitlinear
+from bitcore.ops import weight_gradient as weight_gradient  # registers its operator: exported models use it
 from bitcore.ops.base import (
     check_qweight,
     compute_weight_scale,

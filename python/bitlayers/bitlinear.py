@@ -12,9 +12,9 @@ from bitcore.exceptions import QuantizationError
 from bitcore.kernels.registry import STATE, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
+from bitcore.ops.weight_gradient import attach_weight_gradient
 from bitlayers import optimizer_steps
 from bitlayers.init import InitMethod, find_init_method
-from bitlayers.weight_gradient import attach_weight_gradient
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

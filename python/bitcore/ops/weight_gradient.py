@@ -1,4 +1,7 @@
-"""The weight's gradient in evaluation mode, where y comes from a packed copy of the weight."""
+"""The weight's gradient where y comes from a packed copy of the weight: a trainable layer in evaluation mode.
+
+Of bitcore, and not of the layers that use it, so that an exported model needs nothing but bitcore to be loaded.
+"""
 
 from typing import Any
 
@@ -10,7 +13,7 @@ from bitcore.ops._ops import autocast_off
 from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
 
 
-@torch.library.custom_op("bitlayers::attach_weight_gradient", mutates_args=())
+@torch.library.custom_op("bitcore::attach_weight_gradient", mutates_args=())
 def _attach(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channel: bool) -> Tensor:
     return y.clone()
 
