@@ -4,7 +4,7 @@
 #include "bitcore/exceptions.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/packing.h"
-#include "executor.h"
+#include "bitcore/torch_executor.h"
 #include "ops.h"
 
 namespace bitcore::torch_ops {
