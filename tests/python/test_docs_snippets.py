@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "build" / "src" / "libbitcore.a"
 # docs/core-api.md is checked in test_contract_document.py: its snippets need names that the text describes.
 PAGES = sorted(
-    {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs/core-api.md"}
+    {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/core-api.md"}
 )
 
 
@@ -55,6 +55,9 @@ def test_python_snippet(snippet: Snippet, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("snippet", snippets("cpp"), ids=str)
 def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
+    if '#include "bitcore/torch.h"' in snippet.code:
+        assert is_example(snippet), "ctest builds and runs what needs LibTorch: this is no example of its"
+        return
     if not ENGINE.exists():
         pytest.skip(f"the engine is not built: {ENGINE}")
     source, program = tmp_path / "snippet.cc", tmp_path / "snippet"
@@ -62,6 +65,22 @@ def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(source)]
     subprocess.run([*command, str(ENGINE), "-fopenmp", "-o", str(program)], check=True, timeout=300)
     subprocess.run([str(program)], check=True, timeout=60)
+
+
+def is_example(snippet: Snippet) -> bool:
+    """Whether it is, to the letter, a file of a project that ctest builds from the installed package and runs."""
+    projects = [path.parent for path in (ROOT / "examples").glob("*/CMakeLists.txt")]
+    built = [p for p in projects if f"/examples/{p.name} " in (ROOT / "tests/cpp/CMakeLists.txt").read_text()]
+    return snippet.code in {file.read_text() for project in built for file in project.iterdir()}
+
+
+@pytest.mark.parametrize("snippet", snippets("cmake"), ids=str)
+def test_cmake_snippet(snippet: Snippet) -> None:
+    """A whole project is one that ctest builds; anything else is a part of one, and names what the package exports."""
+    if "cmake_minimum_required" in snippet.code:
+        assert is_example(snippet)
+    else:
+        assert "bitcore::bitcore" in snippet.code
 
 
 @pytest.mark.parametrize("snippet", snippets("bash"), ids=str)
