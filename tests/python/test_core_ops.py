@@ -1,7 +1,6 @@
-"""The operators: compiled against plain torch, opcheck, packing, autocast, compiled code."""
+"""The operators: compiled against plain torch, opcheck, packing, autocast."""
 
 import subprocess
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -181,7 +180,7 @@ def test_opcheck_of_the_base_operations(per_channel: bool) -> None:
     opcheck(_ops.attach_gradient, (x.clone().requires_grad_(), x.clone().half().requires_grad_()))
 
 
-# ---- devices, autocast, compilation ----------------------------------------------------------------------------------
+# ---- devices, autocast -----------------------------------------------------------------------------------------------
 
 
 def test_other_devices_have_functions_and_fakes() -> None:
@@ -231,53 +230,6 @@ def test_autocast_decides_the_output_dtype_alone(config: BitQuantConfig) -> None
         assert_same_bits(y, expected.to(torch.bfloat16))
     assert plain.dtype == torch.float32
     torch.testing.assert_close(plain, wide[1])
-
-
-def _inference(layer_scale: Tensor, qweight: Tensor, config: BitQuantConfig) -> Callable[[Tensor], Tensor]:
-    return lambda x: bitlinear.forward(x, None, layer_scale, qweight, None, config)
-
-
-@all_configs
-def test_compiled_code_has_the_same_bits_and_gradients(config: BitQuantConfig) -> None:
-    torch.compiler.reset()
-    layer = make_layer(2, 3)
-    leaves = [tensor.clone().requires_grad_() for tensor in layer]
-
-    def training(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return bitlinear.forward(x, weight, bias=bias, quant_config=config, training=True)
-
-    eager, compiled = training(*leaves), torch.compile(training, fullgraph=True)(*leaves)
-    assert_same_bits(compiled.detach(), eager.detach())
-    for ours, expected in zip(
-        torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(eager.sum(), leaves), strict=True
-    ):
-        torch.testing.assert_close(ours, expected)
-    inference = _inference(*bitlinear.prepare_weights(layer.weight, config), config)
-    assert_same_bits(torch.compile(inference, fullgraph=True)(layer.x), inference(layer.x))
-
-
-def test_compiled_code_with_dynamic_shapes() -> None:
-    torch.compiler.reset()
-    inference = _inference(*bitlinear.prepare_weights(make_layer().weight, PER_TOKEN), PER_TOKEN)
-    compiled = torch.compile(inference, fullgraph=True, dynamic=True)
-    for rows in (2, 5, 9):
-        x = make_layer(rows).x
-        assert_same_bits(compiled(x), inference(x))
-
-
-def test_exported_program() -> None:
-    class Model(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            scale, qweight = bitlinear.prepare_weights(make_layer().weight, PER_TOKEN)
-            self.register_buffer("scale", scale)
-            self.register_buffer("qweight", qweight)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return bitlinear.forward(x, None, self.scale, self.qweight, None, PER_TOKEN)  # type: ignore[arg-type]
-
-    x = make_layer(3).x
-    assert_same_bits(torch.export.export(Model(), (x,)).module()(x), Model()(x))
 
 
 # ---- the shared object -----------------------------------------------------------------------------------------------
