@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "bitcore/ops/packing.h"
 #include "checks.h"
 
 namespace bitcore::torch_ops {
@@ -31,6 +32,12 @@ std::string to_string(ScalarType dtype) {
       return "int64";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return torch::headeronly::toString(dtype);
   }
@@ -87,6 +94,11 @@ Tensor made_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
+// Before anything of that size is copied.
+void check_width(std::int64_t width, const char* name, const char* what) {
+  if (width > kMaxInFeatures) fail(name, " has ", width, what, ", at most ", kMaxInFeatures, " are supported");
+}
+
 // Rank 2 with adjacent elements in each row.
 Matrix matrix(const Tensor& tensor, DType dtype) {
   const bool adjacent = tensor.size(1) <= 1 || tensor.stride(1) == 1;
@@ -98,8 +110,9 @@ Matrix matrix(const Tensor& tensor, DType dtype) {
 
 Matrix rows_of(const Tensor& tensor, DType dtype, const char* name) {
   const std::int64_t rank = tensor.dim();
-  if (rank == 2) return matrix(tensor, dtype);
   if (rank == 0) fail(name, " has 0 dimensions, expected at least 1");
+  check_width(tensor.size(rank - 1), name, " features");
+  if (rank == 2) return matrix(tensor, dtype);
   std::int64_t rows = 1;
   for (std::int64_t d = 0; d + 1 < rank; ++d) rows *= tensor.size(d);
   const Shape flat = {rows, tensor.size(rank - 1)};
@@ -125,6 +138,7 @@ void check_weight_shape(const Tensor& weight, const char* name) {
   if (shape.size() != 2) fail(name, " has ", shape.size(), " dimensions, expected 2");
   if (shape[0] < 1) fail(name, " has 0 out_features, expected at least 1");
   if (shape[1] < 1) fail(name, " has 0 in_features, expected at least 1");
+  check_width(shape[1], name, " in_features");
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.builtin import BUILTIN_KERNELS, FAMILY_NAMES
+from bitcore.ops import _checks
 
 VARIABLE = "BITLAB_KERNEL"
 
@@ -150,6 +151,7 @@ def select(config: BitQuantConfig, device_type: str, qweight: Tensor) -> BitKern
     for kernel in fitting:
         if kernel.accepts(qweight) or (qweight.dtype == torch.int8 and kernel.has_standard_form()):
             return kernel
+    _checks.dense("qweight", qweight)
     names = ", ".join(kernel.name for kernel in fitting)
     raise QuantizationError(
         f"qweight has dtype {qweight.dtype} and shape {tuple(qweight.shape)}, a form that no kernel for {config} "

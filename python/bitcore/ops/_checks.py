@@ -171,15 +171,21 @@ def packed(qweight: Tensor, in_features: int) -> None:
 
 
 def activations(name: str, x: Tensor) -> int:
-    """A floating x of rank 1 or more. Returns in_features."""
+    """A floating x of rank 1 or more, its width within bounds. Returns in_features."""
     floating(name, x)
+    return _features(name, x)
+
+
+def _features(name: str, x: Tensor) -> int:
     require(x.ndim >= 1, f"{name} has 0 dimensions, expected at least 1")
-    return x.shape[-1]
+    features = x.shape[-1]
+    require(features <= MAX_IN_FEATURES, f"{name} has {features} features, at most {MAX_IN_FEATURES} are supported")
+    return features
 
 
 def columns(name: str, x: Tensor) -> None:
-    """Rank 1 or more, and something in each row."""
-    require(x.ndim >= 1, f"{name} has 0 dimensions, expected at least 1")
+    """Rank 1 or more, and something in each row, but not too much."""
+    _features(name, x)
     require(x.shape[-1] >= 1, f"{name} has shape {tuple(x.shape)}, expected at least one column")
 
 

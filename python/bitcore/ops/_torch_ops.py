@@ -187,8 +187,8 @@ def bitlinear(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> Tensor:
-    _checks.torch_kernel_only(kernel_name, x.device)
     _, dtype = _checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    _checks.torch_kernel_only(kernel_name, x.device)
     if qweight.dtype == torch.int8:
         codes, faults = qweight, [_invalid_code(qweight)]
     else:
@@ -211,8 +211,8 @@ def bitlinear_train(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _checks.torch_kernel_only(kernel_name, x.device)
     _, dtype = _checks.training(x, weight, bias, out_dtype)
+    _checks.torch_kernel_only(kernel_name, x.device)
     qweight_scale = compute_weight_scale(weight, weight_per_channel)
     codes = quantize_weight(weight, qweight_scale, weight_per_channel)
     qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)

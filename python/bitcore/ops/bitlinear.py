@@ -46,6 +46,8 @@ def prepare_weights(weight: Tensor, config: BitQuantConfig, layout: str = "auto"
     if STATE.token:
         kernel = candidates(config, weight.device.type)[0]
         if not kernel.has_standard_form() and not _inside_own_form.get():
+            _checks.floating("weight", weight)
+            _checks.matrix("weight", weight)
             return _require_accepted(kernel, *_prepare_own_form(kernel, weight, config))
     return _ops.call(_ops.prepare_weights, weight, per_channel, layout)
 
