@@ -11,6 +11,7 @@
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -199,12 +200,36 @@ std::vector<float> TensorEntry::floats() const {
 }
 
 struct SafetensorsFile::Impl {
-  explicit Impl(const std::string& file_path) : path(file_path), mapping(file_path) {}
+  explicit Impl(const std::string& file_path) : path(file_path), mapping(std::in_place, file_path) {
+    read(mapping->bytes());
+  }
+  Impl(std::span<const std::byte> file, std::string name) : path(std::move(name)) { read(file); }
 
   std::string path;
-  Mapping mapping;
+  std::optional<Mapping> mapping;  // none where the caller owns the bytes
   std::map<std::string, TensorEntry, std::less<>> tensors;
   std::map<std::string, std::string, std::less<>> metadata;
+
+  void read(std::span<const std::byte> file) {
+    const std::uint64_t length = header_length(file, path);
+    const Json header = parse_header(file.subspan(8, length), path);
+    const std::span<const std::byte> data = file.subspan(8 + length);
+    for (const auto& [name, value] : header.items()) {
+      if (name == "__metadata__") {
+        read_metadata(value);
+      } else {
+        align(tensors.emplace(name, read_entry(name, value, data, path)).first->second);
+      }
+    }
+  }
+
+  void read_metadata(const Json& json) {
+    if (!json.is_object()) fail(path, ": __metadata__ is no JSON object");
+    for (const auto& [key, text] : json.items()) {
+      if (!text.is_string()) fail(path, ": __metadata__ '", key, "' is ", text.dump(), ", expected a string");
+      metadata.emplace(key, text.get<std::string>());
+    }
+  }
 
   // A file need not align its tensors, but the engine reads whole elements.
   void align(TensorEntry& entry) {
@@ -217,22 +242,11 @@ struct SafetensorsFile::Impl {
   std::vector<std::vector<std::byte>> copies;
 };
 
-SafetensorsFile::SafetensorsFile(const std::string& path) : impl_(std::make_unique<Impl>(path)) {
-  const std::span<const std::byte> file = impl_->mapping.bytes();
-  const std::uint64_t length = header_length(file, path);
-  const Json header = parse_header(file.subspan(8, length), path);
-  const std::span<const std::byte> data = file.subspan(8 + length);
-  for (const auto& [name, value] : header.items()) {
-    if (name != "__metadata__") {
-      impl_->align(impl_->tensors.emplace(name, read_entry(name, value, data, path)).first->second);
-      continue;
-    }
-    if (!value.is_object()) fail(path, ": __metadata__ is no JSON object");
-    for (const auto& [key, text] : value.items()) {
-      if (!text.is_string()) fail(path, ": __metadata__ '", key, "' is ", text.dump(), ", expected a string");
-      impl_->metadata.emplace(key, text.get<std::string>());
-    }
-  }
+SafetensorsFile::SafetensorsFile(const std::string& path) : impl_(std::make_unique<Impl>(path)) {}
+SafetensorsFile::SafetensorsFile(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+
+SafetensorsFile SafetensorsFile::from_bytes(std::span<const std::byte> bytes, std::string name) {
+  return SafetensorsFile(std::make_unique<Impl>(bytes, std::move(name)));
 }
 
 SafetensorsFile::~SafetensorsFile() = default;

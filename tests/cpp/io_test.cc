@@ -113,6 +113,21 @@ TEST_F(Safetensors, AlignsWhatTheFileDoesNot) {
             std::vector<float>(static_cast<const float*>(b.data), static_cast<const float*>(b.data) + 2));
 }
 
+TEST_F(Safetensors, BytesInMemoryReadAsTheFile) {
+  write(R"({"__metadata__":{"a":"b"},"q":{"dtype":"U8","shape":[2,3],"data_offsets":[0,6]}})", 6);
+  std::ifstream in(path_, std::ios::binary);
+  const std::string whole((std::istreambuf_iterator<char>(in)), std::istreambuf_iterator<char>());
+  const auto bytes = std::as_bytes(std::span(whole));
+  SafetensorsFile file = SafetensorsFile::from_bytes(bytes, "embedded");
+  file = SafetensorsFile::from_bytes(bytes, "embedded");
+  EXPECT_EQ(file.metadata(), SafetensorsFile(path_).metadata());
+  EXPECT_EQ(file.tensor("q").matrix().row(1)[2], SafetensorsFile(path_).tensor("q").matrix().row(1)[2]);
+  expect_error<QuantizationError>([&] { file.tensor("z"); }, {"'z'", "embedded"});
+  expect_error<QuantizationError>([&] { SafetensorsFile::from_bytes({}, "embedded"); }, {"embedded", "0 bytes", "8"});
+  expect_error<QuantizationError>([&] { SafetensorsFile::from_bytes(bytes.first(bytes.size() - 1), "embedded"); },
+                                  {"embedded", "truncated"});
+}
+
 TEST_F(Safetensors, EveryTruncationIsRefused) {
   const std::string header = R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})";
   write(header, 8);
