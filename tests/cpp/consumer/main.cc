@@ -1,27 +1,202 @@
-// Trains nothing, packs a weight, runs it on every kernel of this machine: the same bits, or a non-zero exit code.
+// A program of a user's, against the installed package: trains a layer a few steps, packs it, saves it, reads it back
+// and runs it on every kernel of this machine and on one of its own, with the library's threads. Returns 0 where every
+// result is right.
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <iostream>
+#include <memory>
+#include <span>
+#include <string>
 #include <vector>
 
+#include "bitcore/exceptions.h"
+#include "bitcore/executor.h"
+#include "bitcore/io.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
+#include "bitcore/ops/packing.h"
+
+namespace {
+
+constexpr std::int64_t kTokens = 20, kIn = 100, kOut = 40;
+
+int failures = 0;
+
+void check(bool holds, const std::string& what) {
+  std::cout << (holds ? "ok      " : "FAILED  ") << what << "\n";
+  if (!holds) ++failures;
+}
+
+// Values between -1 and 1 that repeat late.
+std::vector<float> some_floats(std::int64_t count, int step) {
+  std::vector<float> values(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    values[i] = static_cast<float>(i * static_cast<std::size_t>(step) % 101) / 50.0f - 1.0f;
+  }
+  return values;
+}
+
+struct Layer {
+  bitcore::BitQuantConfig config{.activation_granularity = bitcore::Granularity::per_channel};
+  std::vector<float> weight = some_floats(kOut * kIn, 37);
+  std::vector<float> bias = std::vector<float>(kOut);
+
+  bitcore::ConstMatrixView weight_view() const { return {weight.data(), kOut, kIn}; }
+};
+
+using Outputs = std::vector<float>;
+
+Outputs run(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
+            const bitcore::bitlinear::Options& options = {}) {
+  Outputs y(kTokens * kOut);
+  bitcore::bitlinear::forward({x.data(), kTokens, kIn}, weights, {layer.bias.data(), kOut}, layer.config,
+                              {y.data(), kTokens, kOut}, options);
+  return y;
+}
+
+// One step of gradient descent towards `target`; returns the mean squared error before it.
+double train_step(Layer& layer, const std::vector<float>& x, const Outputs& target) {
+  Outputs y(kTokens * kOut), dy(y.size());
+  const auto saved =
+      bitcore::bitlinear::forward_training({x.data(), kTokens, kIn}, layer.weight_view(), {layer.bias.data(), kOut},
+                                           layer.config, {y.data(), kTokens, kOut});
+  double loss = 0.0;
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    dy[i] = 2.0f * (y[i] - target[i]) / static_cast<float>(y.size());
+    loss += (y[i] - target[i]) * (y[i] - target[i]) / static_cast<double>(y.size());
+  }
+  std::vector<float> dweight(layer.weight.size()), dbias(kOut);
+  bitcore::bitlinear::backward({dy.data(), kTokens, kOut}, saved, layer.config,
+                               {.dx = {}, .dweight = {dweight.data(), kOut, kIn}, .dbias = dbias.data()});
+  constexpr float kRate = 0.5f;
+  for (std::size_t i = 0; i < dweight.size(); ++i) layer.weight[i] -= kRate * dweight[i];
+  for (std::size_t i = 0; i < dbias.size(); ++i) layer.bias[i] -= kRate * dbias[i];
+  return loss;
+}
+
+void train(Layer& layer, const std::vector<float>& x) {
+  const Outputs target = some_floats(kTokens * kOut, 53);
+  const double first = train_step(layer, x, target);
+  double last = first;
+  for (int step = 0; step < 50; ++step) last = train_step(layer, x, target);
+  check(last < 0.5 * first, "training: loss " + std::to_string(first) + " becomes " + std::to_string(last));
+}
+
+void check_training_equals_inference(const Layer& layer, const std::vector<float>& x, const Outputs& expected) {
+  Outputs y(kTokens * kOut);
+  bitcore::bitlinear::forward_training({x.data(), kTokens, kIn}, layer.weight_view(), {layer.bias.data(), kOut},
+                                       layer.config, {y.data(), kTokens, kOut});
+  check(y == expected, "training returns the bits of inference");
+}
+
+// Row 0 by the formula, in plain loops.
+void check_formula(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
+                   const Outputs& y) {
+  std::vector<std::int8_t> codes(layer.weight.size());
+  bitcore::unpack_weights(weights.view(), {codes.data(), kOut, kIn});
+  float absmax = 1e-5f;
+  for (std::int64_t k = 0; k < kIn; ++k) absmax = std::max(absmax, std::fabs(x[static_cast<std::size_t>(k)]));
+  const float x_scale = absmax / 127.0f;
+  double largest = 0.0;
+  for (std::int64_t n = 0; n < kOut; ++n) {
+    double sum = 0.0;
+    for (std::int64_t k = 0; k < kIn; ++k) {
+      sum += std::nearbyint(x[static_cast<std::size_t>(k)] / x_scale) * codes[static_cast<std::size_t>(n * kIn + k)];
+    }
+    const auto i = static_cast<std::size_t>(n);
+    largest = std::max(largest, std::fabs(sum * x_scale * weights.scale[0] + layer.bias[i] - y[i]));
+  }
+  check(largest < 1e-5, "inference is the formula");
+}
+
+void check_kernels(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
+                   const Outputs& expected) {
+  for (const auto& kernel : bitcore::KernelRegistry::all_kernels()) {
+    if (!kernel->is_supported() || !kernel->is_compatible_with(layer.config)) continue;
+    const Outputs y = run(layer, x, weights, {.executor = nullptr, .kernel = kernel->name()});
+    check(y == expected, "same bits: " + std::string(kernel->name()));
+  }
+}
+
+// A kernel of the user's own, that answers 42.
+class FortyTwoKernel final : public bitcore::BitKernelBase {
+ public:
+  std::string_view name() const override { return "FortyTwoKernel"; }
+  bool is_compatible_with(const bitcore::BitQuantConfig&) const override { return true; }
+  void operator()(const bitcore::LinearArgs& args) const override {
+    for (std::int64_t m = 0; m < args.y.rows; ++m) {
+      std::fill_n(reinterpret_cast<float*>(args.y.row(m)), args.y.cols, 42.0f);
+    }
+  }
+};
+
+void check_registry(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
+                    const Outputs& expected) {
+  bitcore::KernelRegistry::register_kernel(std::make_shared<FortyTwoKernel>());
+  check(run(layer, x, weights) == Outputs(kTokens * kOut, 42.0f), "a registered kernel is used");
+  bitcore::KernelRegistry::unregister_kernel("FortyTwoKernel");
+  check(run(layer, x, weights) == expected, "and no longer when it is removed");
+}
+
+// A safetensors file with the packed weight and its scale.
+std::string save(const bitcore::bitlinear::PreparedWeights& weights) {
+  const std::string qweight(weights.qweight.begin(), weights.qweight.end());
+  const std::string scale(reinterpret_cast<const char*>(weights.scale.data()), sizeof(float));
+  const std::string end = std::to_string(qweight.size());
+  const std::string header = R"({"qweight":{"dtype":"U8","shape":[)" + std::to_string(kOut) + "," +
+                             std::to_string(weights.shape.row_bytes()) + R"(],"data_offsets":[0,)" + end +
+                             R"(]},"qweight_scale":{"dtype":"F32","shape":[],"data_offsets":[)" + end + "," +
+                             std::to_string(qweight.size() + sizeof(float)) + "]}}";
+  std::string file;
+  for (int byte = 0; byte < 8; ++byte) file += static_cast<char>(std::uint64_t{header.size()} >> (8 * byte));
+  return file + header + qweight + scale;
+}
+
+void check_file(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
+                const Outputs& expected) {
+  std::string bytes = save(weights);
+  const auto file = bitcore::SafetensorsFile::from_bytes(std::as_bytes(std::span(bytes)), "saved");
+  const bitcore::ConstMatrixView qweight = file.tensor("qweight").matrix();
+  bitcore::check_qweight(qweight, kIn);
+  Outputs y(kTokens * kOut);
+  bitcore::bitlinear::forward({x.data(), kTokens, kIn}, file.tensor("qweight_scale").floats(), qweight,
+                              {layer.bias.data(), kOut}, layer.config, {y.data(), kTokens, kOut});
+  check(y == expected, "the saved layer returns the same bits");
+}
+
+// The threads that the library brings, in this program built by any compiler.
+void check_threads() {
+  std::vector<int> calls(100);
+  bitcore::default_executor().run(100, [&](int task) { ++calls[static_cast<std::size_t>(task)]; });
+  check(calls == std::vector<int>(100, 1), "default_executor() runs every task once");
+}
+
+void check_errors(const bitcore::bitlinear::PreparedWeights& weights) {
+  bool thrown = false;
+  try {
+    bitcore::check_qweight(weights.view(), kIn + 1);
+  } catch (const bitcore::QuantizationError& error) {
+    thrown = std::string(error.what()).find("101") != std::string::npos;
+  }
+  check(thrown, "an error crosses the library's border, with its type and text");
+}
+
+}  // namespace
 
 int main() {
-  constexpr std::int64_t tokens = 20, in_features = 100, out_features = 40;
-  std::vector<float> x(tokens * in_features), weight(out_features * in_features);
-  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 17) - 8.0f;
-  for (std::size_t i = 0; i < weight.size(); ++i) weight[i] = static_cast<float>(i % 5) - 2.0f;
-
-  const bitcore::BitQuantConfig config;
-  const auto prepared = bitcore::bitlinear::prepare_weights({weight.data(), out_features, in_features}, config);
-  std::vector<float> expected;
-  for (const auto& kernel : bitcore::KernelRegistry::all_kernels()) {
-    if (!kernel->is_supported() || !kernel->is_compatible_with(config)) continue;
-    std::vector<float> y(tokens * out_features);
-    bitcore::bitlinear::forward({x.data(), tokens, in_features}, prepared, {}, config, {y.data(), tokens, out_features},
-                                {.executor = nullptr, .kernel = kernel->name()});
-    if (expected.empty()) expected = y;
-    std::cout << kernel->name() << (y == expected ? "" : " differs") << "\n";
-    if (y != expected) return 1;
-  }
-  return expected.empty() ? 1 : 0;
+  Layer layer;
+  const std::vector<float> x = some_floats(kTokens * kIn, 29);
+  train(layer, x);
+  const auto weights = bitcore::bitlinear::prepare_weights(layer.weight_view(), layer.config);
+  const Outputs y = run(layer, x, weights);
+  check_training_equals_inference(layer, x, y);
+  check_formula(layer, x, weights, y);
+  check_kernels(layer, x, weights, y);
+  check_registry(layer, x, weights, y);
+  check_file(layer, x, weights, y);
+  check_threads();
+  check_errors(weights);
+  return failures == 0 ? 0 : 1;
 }
