@@ -77,7 +77,7 @@ struct Layer {
 };
 
 struct Model {
-  explicit Model(const std::string& path) : file(path) {}
+  explicit Model(SafetensorsFile opened) : file(std::move(opened)) {}
 
   SafetensorsFile file;  // The layers point into it.
   bitcore::BitQuantConfig config;
@@ -198,9 +198,8 @@ Layer load_layer(const SafetensorsFile& file, std::int64_t index, std::int64_t i
   return layer;
 }
 
-Model load_model(const std::filesystem::path& path) {
-  const std::filesystem::path file_path = std::filesystem::is_directory(path) ? path / "model.safetensors" : path;
-  Model model(file_path.string());
+Model read_model(SafetensorsFile file) {
+  Model model(std::move(file));
   if (const std::string& type = metadata(model.file, "model_type"); type != "BitMLPModel") {
     fail("model_type is \"" + type + "\", expected \"BitMLPModel\"");
   }
@@ -214,6 +213,11 @@ Model load_model(const std::filesystem::path& path) {
     in_features = out_features;
   }
   return model;
+}
+
+Model load_model(const std::filesystem::path& path) {
+  const std::filesystem::path file_path = std::filesystem::is_directory(path) ? path / "model.safetensors" : path;
+  return read_model(SafetensorsFile(file_path.string()));
 }
 
 // --- running it ------------------------------------------------------------------------------------------------------

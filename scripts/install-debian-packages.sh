@@ -5,8 +5,9 @@ set -euo pipefail
 
 python="${1:-python3}"
 packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format)
-# For the tests on emulated CPUs, which are skipped without them.
-emulation_packages=(g++-aarch64-linux-gnu qemu-user)
+# For the tests by other compilers, sanitizers, fuzzers and emulated CPUs and of the documentation, which are skipped
+# without them.
+optional_packages=(clang libclang-rt-14-dev doxygen g++-aarch64-linux-gnu qemu-user)
 
 if ! command -v dpkg-query >/dev/null; then
   echo "This system is not Debian. Needed: ${packages[*]}, or what they are called here." >&2
@@ -24,7 +25,7 @@ for package in "${packages[@]}"; do
 done
 missing_emulation=()
 if [ "$(dpkg --print-architecture)" = amd64 ]; then
-  for package in "${emulation_packages[@]}"; do
+  for package in "${optional_packages[@]}"; do
     is_installed "$package" || missing_emulation+=("$package")
   done
 fi
