@@ -5,6 +5,7 @@
 #   make setup    .venv with all that is needed, and the build
 #   make build    compiles what has changed
 #   make lint     ruff, mypy, clang-format       make format   rewrites the sources
+#   make docs     the C++ reference as HTML in build/docs/html
 #   make wheel    a wheel in dist/               make clean    removes all that was made, but .venv
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BUILD := build
 DIST := dist
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
-.PHONY: help demo test setup build lint format wheel clean
+.PHONY: help demo test setup build lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -51,6 +52,9 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	clang-format -i $(CPP_FILES)
+
+docs: setup
+	cmake --build $(BUILD) --target docs
 
 wheel: setup
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .

@@ -23,10 +23,10 @@ missing=()
 for package in "${packages[@]}"; do
   is_installed "$package" || missing+=("$package")
 done
-missing_emulation=()
+missing_optional=()
 if [ "$(dpkg --print-architecture)" = amd64 ]; then
   for package in "${optional_packages[@]}"; do
-    is_installed "$package" || missing_emulation+=("$package")
+    is_installed "$package" || missing_optional+=("$package")
   done
 fi
 if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
@@ -36,14 +36,14 @@ fi
 if ! "$python" -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").stat()' 2>/dev/null; then
   missing+=(python3-dev)
 fi
-[ "${#missing[@]}" -eq 0 ] && [ "${#missing_emulation[@]}" -eq 0 ] && exit 0
+[ "${#missing[@]}" -eq 0 ] && [ "${#missing_optional[@]}" -eq 0 ] && exit 0
 
 if [ "$(id -u)" -eq 0 ]; then
   as_root=(env DEBIAN_FRONTEND=noninteractive)
 elif sudo -n true 2>/dev/null; then
   as_root=(sudo -n env DEBIAN_FRONTEND=noninteractive)
 elif [ "${#missing[@]}" -eq 0 ]; then
-  echo "The tests on emulated CPUs will be skipped, they need: apt-get install ${missing_emulation[*]}" >&2
+  echo "Some tests will be skipped (other compilers, emulated CPUs), they need: apt-get install ${missing_optional[*]}" >&2
   exit 0
 else
   echo "Some Debian packages are missing. Install them, then run make again:" >&2
@@ -53,7 +53,7 @@ else
   exit 1
 fi
 
-missing+=("${missing_emulation[@]}")
+missing+=("${missing_optional[@]}")
 echo "Installing Debian packages: ${missing[*]}"
 "${as_root[@]}" apt-get update
 "${as_root[@]}" apt-get install --yes --no-install-recommends "${missing[@]}"

@@ -5,6 +5,7 @@
 #include <string>
 #include <string_view>
 
+/// Everything of the engine.
 namespace bitcore {
 
 /// Over which elements one scale is shared.
@@ -21,10 +22,11 @@ enum class ActivationDtype {
 
 /// The quantization schema of one linear layer. Weights are always ternary (-1, 0, +1).
 struct BitQuantConfig {
-  Granularity weight_granularity = Granularity::per_tensor;
-  ActivationDtype activation_dtype = ActivationDtype::int8;
-  Granularity activation_granularity = Granularity::per_tensor;
+  Granularity weight_granularity = Granularity::per_tensor;      ///< One weight scale, or one for each output row.
+  ActivationDtype activation_dtype = ActivationDtype::int8;      ///< Whether activations are quantized.
+  Granularity activation_granularity = Granularity::per_tensor;  ///< One activation scale, or one for each row of x.
 
+  /// Equal in all members.
   friend bool operator==(const BitQuantConfig&, const BitQuantConfig&) = default;
 };
 
@@ -36,7 +38,10 @@ Granularity parse_granularity(std::string_view text, std::string_view argument);
 /// @throws QuantizationError for any other text.
 ActivationDtype parse_activation_dtype(std::string_view text, std::string_view argument);
 
+/// "per_tensor" or "per_channel": the inverse of parse_granularity().
 std::string_view to_string(Granularity granularity);
+
+/// "float32" or "int8": the inverse of parse_activation_dtype().
 std::string_view to_string(ActivationDtype dtype);
 
 /// As Python prints it: `BitQuantConfig(weight_granularity='per_tensor', ...)`.

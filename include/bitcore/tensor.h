@@ -11,6 +11,7 @@ namespace bitcore {
 /// Element types that the engine reads or writes.
 enum class DType : std::uint8_t { float32, bfloat16, float16, int8, uint8 };
 
+/// "float32", "bfloat16", "float16", "int8" or "uint8".
 std::string_view to_string(DType dtype);
 
 /// Bytes of one element.
@@ -40,13 +41,14 @@ struct DTypeOf<std::uint8_t> {
 
 /// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart.
 struct ConstMatrixView {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t row_stride = 0;
+  const void* data = nullptr;    ///< First element of the first row.
+  DType dtype = DType::float32;  ///< Of the elements.
+  std::int64_t rows = 0;         ///< Number of rows.
+  std::int64_t cols = 0;         ///< Elements in a row.
+  std::int64_t row_stride = 0;   ///< Elements from the start of a row to the start of the next.
 
   ConstMatrixView() = default;
+  /// A matrix of any dtype; its rows may lie apart.
   ConstMatrixView(const void* data, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t row_stride)
       : data(data), dtype(dtype), rows(rows), cols(cols), row_stride(row_stride) {}
   /// A contiguous matrix of float, int8_t or uint8_t.
@@ -62,13 +64,14 @@ struct ConstMatrixView {
 
 /// A matrix to write, laid out like ConstMatrixView.
 struct MatrixView {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-  std::int64_t rows = 0;
-  std::int64_t cols = 0;
-  std::int64_t row_stride = 0;
+  void* data = nullptr;          ///< First element of the first row.
+  DType dtype = DType::float32;  ///< Of the elements.
+  std::int64_t rows = 0;         ///< Number of rows.
+  std::int64_t cols = 0;         ///< Elements in a row.
+  std::int64_t row_stride = 0;   ///< Elements from the start of a row to the start of the next.
 
   MatrixView() = default;
+  /// A matrix of any dtype; its rows may lie apart.
   MatrixView(void* data, DType dtype, std::int64_t rows, std::int64_t cols, std::int64_t row_stride)
       : data(data), dtype(dtype), rows(rows), cols(cols), row_stride(row_stride) {}
   /// A contiguous matrix of float, int8_t or uint8_t.
@@ -76,6 +79,7 @@ struct MatrixView {
   MatrixView(T* data, std::int64_t rows, std::int64_t cols)
       : MatrixView(data, detail::DTypeOf<T>::value, rows, cols, cols) {}
 
+  /// The same matrix, to read.
   operator ConstMatrixView() const { return {data, dtype, rows, cols, row_stride}; }
 
   /// First byte of a row.
@@ -86,14 +90,17 @@ struct MatrixView {
 
 /// A vector to read: `size` adjacent elements. `data == nullptr` stands for "none" where an argument is optional.
 struct ConstVectorView {
-  const void* data = nullptr;
-  DType dtype = DType::float32;
-  std::int64_t size = 0;
+  const void* data = nullptr;    ///< First element; null: no vector.
+  DType dtype = DType::float32;  ///< Of the elements.
+  std::int64_t size = 0;         ///< Number of elements.
 
   ConstVectorView() = default;
+  /// A vector of any dtype.
   ConstVectorView(const void* data, DType dtype, std::int64_t size) : data(data), dtype(dtype), size(size) {}
+  /// A vector of float.
   ConstVectorView(const float* data, std::int64_t size) : ConstVectorView(data, DType::float32, size) {}
 
+  /// Whether there is a vector.
   explicit operator bool() const { return data != nullptr; }
 };
 

@@ -22,7 +22,7 @@ struct LinearArgs {
   std::span<const float> qweight_scale;  ///< 1 or out_features floats.
   ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
   ConstVectorView bias;     ///< Floating, or none.
-  BitQuantConfig config;
+  BitQuantConfig config;                ///< Which the kernel is compatible with.
   MatrixView y;                         ///< Floating (M, out_features).
   Executor* executor;                   ///< Never null.
   std::span<std::byte> workspace = {};  ///< At least workspace_size() bytes, of any alignment; or empty.
@@ -62,6 +62,7 @@ class BitKernelBase {
   std::uint64_t tile_calls() const { return tile_calls_.load(std::memory_order_relaxed); }
 
  protected:
+  /// Adds to tile_calls().
   void count_tiles(std::uint64_t tiles) const { tile_calls_.fetch_add(tiles, std::memory_order_relaxed); }
 
  private:

@@ -17,6 +17,7 @@ namespace bitcore {
 /// explicit, best first. All functions are thread-safe.
 class KernelRegistry {
  public:
+  /// Shared, so that a kernel that is removed while it runs lives until its calls return.
   using KernelPtr = std::shared_ptr<const BitKernelBase>;
 
   /// The kernel that a call with this config uses: the one that the environment variable BITLAB_KERNEL names where it

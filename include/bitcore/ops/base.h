@@ -30,13 +30,16 @@ std::int64_t x_scale_size(std::int64_t rows, const BitQuantConfig& config);
 /// @param weight (out_features, in_features), floating.
 void compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config, std::span<float> scale,
                           Executor& executor = serial_executor());
+
+/// The same into a new vector.
 std::vector<float> compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config);
 
 /// clamp(round(W / scale), -1, 1) as int8; 0 where the quotient is NaN.
 void quantize_weight(ConstMatrixView weight, std::span<const float> scale, const BitQuantConfig& config,
                      MatrixView qweight, Executor& executor = serial_executor());
 
-/// qweight * scale as float32. @param qweight int8 (out_features, in_features).
+/// qweight * scale as float32.
+/// @param qweight int8 (out_features, in_features).
 void dequantize_weight(ConstMatrixView qweight, std::span<const float> scale, const BitQuantConfig& config,
                        MatrixView weight);
 
@@ -44,6 +47,8 @@ void dequantize_weight(ConstMatrixView qweight, std::span<const float> scale, co
 /// float32 activations: 1.
 void compute_x_scale(ConstMatrixView x, const BitQuantConfig& config, std::span<float> scale,
                      Executor& executor = serial_executor());
+
+/// The same into a new vector.
 std::vector<float> compute_x_scale(ConstMatrixView x, const BitQuantConfig& config);
 
 /// clamp(round(x / scale), -128, 127) as int8; 0 where the scale or the quotient is NaN.
@@ -51,7 +56,8 @@ std::vector<float> compute_x_scale(ConstMatrixView x, const BitQuantConfig& conf
 void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantConfig& config, MatrixView qx,
                 Executor& executor = serial_executor());
 
-/// qx * scale as float32. @param qx int8 (rows, in_features).
+/// qx * scale as float32.
+/// @param qx int8 (rows, in_features).
 void dequantize_x(ConstMatrixView qx, std::span<const float> scale, const BitQuantConfig& config, MatrixView x);
 
 }  // namespace bitcore

@@ -18,14 +18,17 @@
 #include "bitcore/ops/packing.h"
 #include "bitcore/tensor.h"
 
+/// The layer: weights are prepared once, then forward runs any number of times; training has its own forward, and
+/// backward.
 namespace bitcore::bitlinear {
 
 /// Weights ready for inference, in the standard packed form.
 struct PreparedWeights {
   std::vector<float> scale;           ///< 1 element per tensor, out_features per channel.
   std::vector<std::uint8_t> qweight;  ///< (out_features, shape.row_bytes()), contiguous.
-  PackedShape shape;
+  PackedShape shape;                  ///< Sizes of qweight.
 
+  /// qweight as the matrix that forward takes.
   ConstMatrixView view() const { return {qweight.data(), shape.out_features, shape.row_bytes()}; }
 };
 
@@ -77,7 +80,7 @@ struct SavedTensors {
   std::vector<std::int8_t> qx;  ///< (M, in_features); empty with float32 activations.
   std::vector<float> x_scale;   ///< x_scale_size(); empty with float32 activations.
   ConstMatrixView x;            ///< float32 activations only: the caller keeps x alive until backward.
-  PreparedWeights weights;
+  PreparedWeights weights;      ///< The quantized weight.
 };
 
 /// Training forward: quantizes x and weight, computes y with the bits that inference on the prepared weights returns.

@@ -25,6 +25,8 @@ inline constexpr Layout kLayouts[] = {Layout::two_bit, Layout::base3};
 /// "auto", "2bit" or "1.6bit".
 /// @throws QuantizationError for any other text.
 Layout parse_layout(std::string_view text);
+
+/// The inverse of parse_layout().
 std::string_view to_string(Layout layout);
 
 /// Codes of one row in one 32-bit word of the payload: 16 at 2 bits, 20 at 1.6 bits.
@@ -48,16 +50,21 @@ inline constexpr std::int64_t kTrailerBytes = 64;
 
 /// Sizes of a packed weight of shape (out_features, payload_row_bytes + trailer_row_bytes).
 struct PackedShape {
-  std::int64_t out_features = 0;
-  std::int64_t in_features = 0;
+  std::int64_t out_features = 0;       ///< N, the rows
+  std::int64_t in_features = 0;        ///< K
   std::int64_t payload_row_bytes = 0;  ///< R
   std::int64_t trailer_row_bytes = 0;  ///< T
   Layout layout = Layout::two_bit;     ///< Never automatic.
 
+  /// 32-bit words of a row.
   std::int64_t steps() const { return payload_row_bytes / 4; }
+  /// in_features, rounded up to whole steps.
   std::int64_t padded_in_features() const { return steps() * step_codes(layout); }
+  /// Columns of the tensor.
   std::int64_t row_bytes() const { return payload_row_bytes + trailer_row_bytes; }
+  /// Where the trailer begins.
   std::int64_t payload_bytes() const { return out_features * payload_row_bytes; }
+  /// Of the whole tensor.
   std::int64_t bytes() const { return out_features * row_bytes(); }
 };
 
