@@ -1,4 +1,4 @@
-"""Every change of one byte of a packed weight: check_qweight refuses it, forward refuses it or reads ternary weights."""
+"""Every changed byte of a packed weight: check_qweight refuses it; forward refuses it or reads ternary weights."""
 
 from __future__ import annotations
 
