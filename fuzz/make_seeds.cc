@@ -26,7 +26,7 @@ void write_qweights(const fs::path& directory) {
   int count = 0;
   for (const auto& [rows, cols] : shapes) {
     const std::vector<std::int8_t> codes = some_codes(rows * cols);
-    const std::vector<Layout> layouts = testing::layouts_of(rows, cols);
+    const std::vector<Layout> layouts = testing::layouts_of(cols);
     for (std::size_t layout = 0; layout < layouts.size(); ++layout) {
       const std::string packed = bytes_of(pack_weights({codes.data(), rows, cols}, layouts[layout]));
       const auto payload = static_cast<std::size_t>(packed_shape(rows, cols, layouts[layout]).payload_bytes());

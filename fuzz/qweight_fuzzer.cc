@@ -51,7 +51,7 @@ Case read_case(std::span<const std::uint8_t> input) {
   const std::span<const std::uint8_t> bytes = input.subspan(kQweightFields);
   const auto mode = static_cast<QweightMode>(input[kMode] % kQweightModes);
   if (mode != raw) {
-    const std::vector<Layout> layouts = testing::layouts_of(c.out_features, c.in_features);
+    const std::vector<Layout> layouts = testing::layouts_of(c.in_features);
     write_payload(c, layouts[input[kLayout] % layouts.size()], bytes, mode == valid_checksum);
   } else {
     c.row_bytes = static_cast<std::int64_t>(bytes.size()) / c.out_features;

@@ -53,6 +53,18 @@ bool holds_invalid_code(const std::uint8_t* payload, const PackedShape& shape) {
   return invalid != 0;
 }
 
+// Whether a code behind the last column is not that of weight 0.
+bool has_damaged_padding(const std::uint8_t* payload, const PackedShape& shape) {
+  std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
+  for (std::int64_t row = 0; row < shape.out_features && shape.in_features < shape.padded_in_features(); ++row) {
+    unpack_code_row(payload, shape, row, codes.data());
+    if (!std::all_of(codes.begin() + shape.in_features, codes.end(), [](std::uint8_t c) { return c == kZeroCode; })) {
+      return true;
+    }
+  }
+  return false;
+}
+
 // Code words of one row in payload order: word s of the row is `row_words[s * tile_rows]`.
 struct PackedRow {
   std::uint8_t* first_word;
@@ -213,6 +225,7 @@ void check_qweight(ConstMatrixView packed, std::int64_t in_features) {
   const std::uint64_t found = payload_checksum(payload, shape.payload_bytes());
   if (stored != found) fail("qweight is damaged: its checksum is ", found, ", its trailer says ", stored);
   if (holds_invalid_code(payload, shape)) fail_invalid_code();
+  if (has_damaged_padding(payload, shape)) fail("qweight is damaged: its padding does not hold code 1");
 }
 
 void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout) {

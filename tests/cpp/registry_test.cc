@@ -46,8 +46,8 @@ TEST(Registry, ListsWhatRunsHere) {
 // On an emulated lesser CPU as well: see CMakeLists.txt.
 TEST(Registry, TheFirstThatRunsIsTheBest) {
 #if defined(__x86_64__)
-  const std::vector<std::string> int8 = {"Int8Avx512VnniKernel", "Int8AvxVnniKernel", "Int8Avx2Kernel",
-                                         "Int8PortableKernel"};
+  const std::vector<std::string> int8 = {"Int8Avx512VbmiKernel", "Int8Avx512VnniKernel", "Int8AvxVnniKernel",
+                                         "Int8Avx2Kernel", "Int8PortableKernel"};
   const std::vector<std::string> float32 = {"Float32Avx512Kernel", "Float32Avx2Kernel", "Float32PortableKernel"};
 #else
   const std::vector<std::string> int8 = {"Int8NeonDotKernel", "Int8NeonKernel", "Int8PortableKernel"};

@@ -11,7 +11,6 @@ from bitcore.exceptions import QuantizationError
 from bitcore.ops import bitlinear
 
 CHECKSUM = 32  # its offset in the trailer; forward reads neither it nor the zeros behind it
-LAYOUTS = ["2bit"]
 CONFIG = BitQuantConfig(activation_granularity="per_channel")
 
 
@@ -29,9 +28,10 @@ def ternary_codes(qweight: torch.Tensor, x_of_ones: torch.Tensor) -> torch.Tenso
     return None if y is None else (y / 0.5).round().T
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("n", "k"), [(2, 3), (5, 19)])
-def test_every_changed_byte(n: int, k: int, layout: str) -> None:
+@pytest.mark.parametrize(
+    ("layout", "n", "k"), [("2bit", 2, 3), ("2bit", 5, 19), ("1.6bit", 5, 19), ("1.6bit", 2, 40)]
+)
+def test_every_changed_byte(layout: str, n: int, k: int) -> None:
     rng = np.random.default_rng([92, n, k])
     codes = torch.from_numpy(rng.integers(-1, 2, (n, k)).astype(np.int8))
     whole = bitlinear.pack_weights(codes, layout=layout)

@@ -150,3 +150,15 @@ def test_compiled_code_reads_both_layouts() -> None:
         y = forward(layer.x, qweight_scale=scale, qweight=qweight, quant_config=PER_TOKEN)
         expected = bitlinear.forward(layer.x, qweight_scale=scale, qweight=qweight, quant_config=PER_TOKEN)
         assert_same_bits(y, expected, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_that_is_no_zero_is_damage(layout: str) -> None:
+    packed = base.pack_weights(torch.ones(2, 90, dtype=torch.int8), layout)
+    payload = 2 * 4 * -(-90 // LAYOUTS[layout][1])
+    packed.view(-1)[payload - 1] = 0  # The last byte holds the last value of k.
+    total = checksum(packed.view(-1)[:payload].numpy().tobytes())
+    packed.view(-1)[payload + 32 : payload + 40] = torch.tensor(list(total.to_bytes(8, "little")), dtype=torch.uint8)
+    for check in (base.check_qweight, _torch_ops.check_qweight):
+        with pytest.raises(QuantizationError, match="padding"):
+            check(packed, 90)

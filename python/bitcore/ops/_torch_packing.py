@@ -55,6 +55,13 @@ def pack(codes: Tensor, layout: str = "2bit") -> Tensor:
 
 def unpack(qweight: Tensor, in_features: int) -> tuple[Tensor, list[Fault]]:
     """Inverse of pack: codes int8 (N, K), with what a kernel's own reading finds wrong: trailer and codes."""
+    fields, invalid = _fields(qweight, in_features)
+    codes = fields[:, :in_features].to(torch.int8) - 1
+    return codes, [*trailer_faults(qweight, in_features), Fault(invalid, "qweight holds an invalid code")]
+
+
+def _fields(qweight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
+    """What is stored, padding included, uint8 (N, steps * codes of a step); and whether something is no code."""
     out_features = qweight.shape[0]
     layout = _layout(qweight, in_features)
     payload, _ = _split(qweight, in_features)
@@ -65,8 +72,7 @@ def unpack(qweight: Tensor, in_features: int) -> tuple[Tensor, list[Fault]]:
     else:
         fields = words.div(_places(layout, qweight)[:, None], rounding_mode="floor") % 3
         invalid = (words > 242).any()
-    codes = fields.view(out_features, -1)[:, :in_features].to(torch.int8) - 1
-    return codes, [*trailer_faults(qweight, in_features), Fault(invalid, "qweight holds an invalid code")]
+    return fields.view(out_features, -1), invalid
 
 
 def trailer_faults(qweight: Tensor, in_features: int) -> list[Fault]:
@@ -83,12 +89,13 @@ def trailer_faults(qweight: Tensor, in_features: int) -> list[Fault]:
 
 
 def integrity_faults(qweight: Tensor, in_features: int) -> list[Fault]:
-    """What only a reading of every byte finds: checksum and the trailer's zeros."""
+    """What only a reading of every byte finds: checksum, padding and the trailer's zeros."""
     payload, trailer = _split(qweight, in_features)
     checksum = _words(trailer[:_HEADER_BYTES])[4]
     return [
         Fault(checksum != _checksum(payload), "qweight does not match its checksum"),
         Fault(trailer[_HEADER_BYTES:].any(), "qweight has a damaged trailer"),
+        Fault((_fields(qweight, in_features)[0][:, in_features:] != 1).any(), "qweight has damaged padding"),
     ]
 
 
