@@ -215,6 +215,17 @@ TEST_F(Kernels, EveryTokenCountUpToThreeTiles) {
   }
 }
 
+// One more than the 64 rows of the widest panel: it is left with any number of rows and of tiles.
+TEST_F(Kernels, EveryNumberOfOutFeatures) {
+  for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+    for (std::int64_t out_features = 1; out_features <= 65; ++out_features) {
+      SCOPED_TRACE(out_features);
+      const Layer layer({.activation_dtype = dtype}, out_features, 35, 4);
+      for (const std::int64_t tokens : {1, 14}) check_all_kernels(layer, random_floats(tokens * 35, 6));
+    }
+  }
+}
+
 TEST_F(Kernels, ExtremeValues) {
   const float huge = std::numeric_limits<float>::max();
   const float denormal = std::numeric_limits<float>::denorm_min();
