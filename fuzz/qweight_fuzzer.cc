@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "bitcore/exceptions.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
 #include "fuzz/support.h"

@@ -421,11 +421,13 @@ class BitLinearImpl : public ::torch::nn::Module {
     if (with_bias) bias.uniform_(-bound, bound);
   }
 
+  /// y (*, out_features) of x (*, in_features): trains until the layer is deployed, then infers.
   at::Tensor forward(const at::Tensor& x) {
     return is_deployed() ? torch::forward(x, qweight_scale, qweight, bias, config)
                          : torch::forward_training(x, weight, bias, config);
   }
 
+  /// Whether the layer holds packed weights only.
   bool is_deployed() const { return qweight.defined(); }
 
   /// Packs the weight for good: `weight` goes, `qweight` and `qweight_scale` come, evaluation mode is set.
@@ -447,14 +449,16 @@ class BitLinearImpl : public ::torch::nn::Module {
   }
 
   using Module::to;
+  /// As every module, but the packed weight and its scale keep their dtypes.
   void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override {
     keep_packed([&] { Module::to(device, dtype, non_blocking); });
   }
+  /// The same.
   void to(at::ScalarType dtype, bool non_blocking = false) override {
     keep_packed([&] { Module::to(dtype, non_blocking); });
   }
 
-  BitQuantConfig config;
+  BitQuantConfig config;     ///< Once deployed, weight_granularity has to stay.
   at::Tensor weight;         ///< (out_features, in_features); undefined once deployed.
   at::Tensor bias;           ///< (out_features,), or undefined.
   at::Tensor qweight_scale;  ///< float32, whatever the layer is cast to; undefined until deployed.
@@ -476,7 +480,7 @@ class BitLinearImpl : public ::torch::nn::Module {
 class BitLinear : public ::torch::nn::ModuleHolder<BitLinearImpl> {
  public:
   using ::torch::nn::ModuleHolder<BitLinearImpl>::ModuleHolder;
-  using Impl = BitLinearImpl;
+  using Impl = BitLinearImpl;  ///< As torch::nn::ModuleHolder expects it.
 };
 
 }  // namespace bitcore::torch

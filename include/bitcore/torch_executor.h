@@ -14,6 +14,7 @@
 
 namespace bitcore {
 
+/// Torch's own threads as an Executor.
 class TorchExecutor final : public Executor {
  public:
   int num_threads() const override { return static_cast<int>(::torch::stable::get_num_threads()); }
@@ -24,6 +25,7 @@ class TorchExecutor final : public Executor {
   }
 };
 
+/// The one of the process.
 inline Executor& torch_executor() {
   static TorchExecutor executor;
   return executor;

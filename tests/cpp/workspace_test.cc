@@ -21,7 +21,11 @@ void* allocate(std::size_t size, std::size_t alignment) {
 
 }  // namespace
 
-// Every form of operator new of this program counts.
+// Every form of operator new of this program counts. GCC takes free() for a mistake here: it looks into operator new,
+// but not that far.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
+#endif
 void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
 void* operator new(std::size_t size, std::align_val_t alignment) {
   return allocate(size, static_cast<std::size_t>(alignment));
