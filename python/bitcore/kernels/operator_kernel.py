@@ -32,7 +32,7 @@ class OperatorKernel(BitKernelBase):
     def train(self, x: Tensor, weight: Tensor, bias: Tensor | None, quant_config: BitQuantConfig) -> Tensor:
         """The training forward: y as inference on the prepared weight returns it, with straight-through gradients."""
         flags = quant_config.flags
-        return _ops.train(self.training_op, x, weight, bias, *flags, _ops.autocast_dtype(x), self.name)[0]
+        return _ops.train(self.training_op, x, weight, bias, *flags, _ops.autocast_dtype(x), self.name)
 
     def accepts(self, qweight: Tensor) -> bool:
         """Packed bytes, or int8 codes, which are packed on every call (slow)."""

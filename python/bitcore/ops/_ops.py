@@ -64,28 +64,37 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any, *rest: Any) -> Any:
     """Calls an inference operator; where nothing asks for a gradient, without the detour over autograd in Python.
 
-    That detour costs as much as the rest of a small layer; torch takes it for an operator with a gradient even where
-    none is asked for.
-
     Raises:
         NotImplementedError: x or bias carries a tangent.
     """
     refuse_tangents(x, bias)
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad))
-    if wants_gradient or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return call(op, x, scale, qweight, bias, *rest)
+    if torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)):
+        return _apply(_Inference, op, x, scale, qweight, bias, *rest)
     with torch._C._AutoDispatchBelowAutograd():
         return call(op, x, scale, qweight, bias, *rest)
 
 
-def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any) -> Any:
-    """Calls a training operator.
+def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
+    """Calls a training operator; returns y.
 
     Raises:
         NotImplementedError: x, weight or bias carries a tangent.
     """
     refuse_tangents(x, weight, bias)
-    return call(op, x, weight, bias, *rest)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return call(op, x, weight, bias, *rest)[0]
+    return _apply(_Training, op, x, weight, bias, *rest)
+
+
+def _apply(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
+    """The operator with its gradient as an autograd.Function: what torch makes of a registered gradient is the same
+    for every operator and costs a small layer several times the rest of the step. Compilers and direct calls of the
+    operator get the registered one, whose functions are the same.
+    """
+    schema = op._schema.arguments  # type: ignore[attr-defined]
+    return function.apply(*args, *[None] * (len(schema) - len(args)), op)
 
 
 def _documented(error: RuntimeError) -> RuntimeError | BitLabError:
@@ -107,11 +116,14 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+_NOTHING = nullcontext()
+
+
 def autocast_off(device_type: str) -> AbstractContextManager[object]:
     """Inside, autocast changes nothing."""
-    if torch.amp.is_autocast_available(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 def detached(name: str, tensor: Tensor) -> Tensor:
@@ -301,9 +313,9 @@ def _fake_bitlinear_train(
 # ---- autograd: the straight-through estimator ------------------------------------------------------------------------
 #
 # dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: torch's own matmuls with the integer codes, which every
-# floating dtype holds exactly, the scales folded into dY, or into the product where there is one scale only. In float32,
-# but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast; rounded to the dtype of the
-# argument.
+# floating dtype holds exactly, the scales folded into dY, or into the product where there is one scale only. In
+# float32, but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast; rounded to the dtype of
+# the argument.
 
 
 def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -322,10 +334,14 @@ def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    _save_for_training(ctx, inputs, output)
+
+
+def _save_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, ctx.weight_per_channel, ctx.int8_activations = inputs[:5]
     _, qx, x_scale, qweight, qweight_scale = output
-    ctx.mark_non_differentiable(qx, x_scale, qweight, qweight_scale)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qx if ctx.int8_activations else x, x_scale, qweight, qweight_scale)
     ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[-1], x.dtype, weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -341,6 +357,38 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
         dx = _dx(ctx, dy, qweight_scale, qweight) if needs_x else None
         dweight = _dweight(ctx, dy, qx, x_scale) if needs_weight else None
         return dx, dweight, _dbias(ctx, dy) if needs_bias else None, *[None] * 5
+
+
+class _Inference(torch.autograd.Function):
+    """The inference operator, which is the last argument, of the arguments before it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, op = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            y = call(op, *inputs)
+        _keep_for_inference(ctx, tuple(inputs), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward_inference(ctx, dy), None
+
+
+class _Training(torch.autograd.Function):
+    """The training operator, which is the last argument, of the arguments before it."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        *inputs, op = arguments
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = call(op, *inputs)
+        _save_for_training(ctx, tuple(inputs), outputs)
+        return outputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward_training(ctx, dy), None
 
 
 def _dx(ctx: Any, dy: Tensor, qweight_scale: Tensor, qweight: Tensor) -> Tensor:

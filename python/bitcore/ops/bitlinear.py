@@ -95,7 +95,7 @@ def forward(
         return _forward_registered(x, weight, qweight_scale, qweight, bias, require_config(quant_config), training)
     if training:
         _checks.given(" (training=True)", x=x, weight=weight)
-        return _ops.train(_ops.bitlinear_train, x, weight, bias, *flags, _ops.autocast_dtype(x))[0]
+        return _ops.train(_ops.bitlinear_train, x, weight, bias, *flags, _ops.autocast_dtype(x))
     _checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
     return _ops.infer(_ops.bitlinear, x, qweight_scale, qweight, bias, *flags, _ops.autocast_dtype(x))
 
@@ -168,7 +168,8 @@ def _train_standard_form(
     kernel: BitKernelBase, x: Tensor, weight: Tensor, bias: Tensor | None, config: BitQuantConfig
 ) -> Tensor:
     out_dtype = _ops.autocast_dtype(x)
-    source, _, _, qweight, scale = _ops.train(_ops.torch_bitlinear_train, x, weight, bias, *config.flags, out_dtype)
+    _ops.refuse_tangents(x, weight, bias)
+    source, _, _, qweight, scale = _ops.call(_ops.torch_bitlinear_train, x, weight, bias, *config.flags, out_dtype)
     with torch.no_grad():
         value = _call(kernel, x, scale, qweight, bias, config, source.shape, out_dtype)
     return _ops.attach_gradient(value, source)
