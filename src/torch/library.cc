@@ -32,7 +32,7 @@ struct Op<function> {
 
 // torch_bitlinear and torch_bitlinear_train are the same in plain torch operations on every device: TorchKernel.
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
-// its gradient to source.
+// its gradient to source. measure_multiply_adds and measure_read return operations and bytes per second.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
@@ -61,6 +61,9 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("straight_through(Tensor value, Tensor source) -> Tensor");
   m.def("list_kernels() -> str");
   m.def("kernel_tile_calls(str kernel) -> int");
+  m.def("list_limits() -> str");
+  m.def("measure_multiply_adds(str name, int rounds) -> float");
+  m.def("measure_read(Tensor bytes, int streams, int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
@@ -77,11 +80,14 @@ STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
   m.impl("prepare_weights", TORCH_BOX(&Op<prepare_weights>::call));
   m.impl("bitlinear", TORCH_BOX(&Op<bitlinear>::call));
   m.impl("bitlinear_train", TORCH_BOX(&Op<bitlinear_train>::call));
+  m.impl("measure_read", TORCH_BOX(&Op<measure_read>::call));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitcore, CompositeExplicitAutograd, m) {
   m.impl("list_kernels", TORCH_BOX(&Op<list_kernels>::call));
   m.impl("kernel_tile_calls", TORCH_BOX(&Op<kernel_tile_calls>::call));
+  m.impl("list_limits", TORCH_BOX(&Op<list_limits>::call));
+  m.impl("measure_multiply_adds", TORCH_BOX(&Op<measure_multiply_adds>::call));
 }
 
 }  // namespace

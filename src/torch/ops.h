@@ -46,4 +46,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
 std::string list_kernels();
 std::int64_t kernel_tile_calls(StringArgument kernel);
 
+// limit_ops.cc
+std::string list_limits();
+double measure_multiply_adds(StringArgument name, std::int64_t rounds);
+double measure_read(const Tensor& bytes, std::int64_t streams, std::int64_t repeats);
+
 }  // namespace bitcore::torch_ops

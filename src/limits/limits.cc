@@ -1,0 +1,116 @@
+#include "limits/limits.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cassert>
+#include <chrono>
+#include <functional>
+#include <vector>
+
+#include "cpu_features.h"
+#include "limits/loops.h"
+
+namespace bitcore::limits {
+namespace {
+
+MultiplyAdds entry(std::string_view name, bool supported, const Loop& loop) {
+  return {name, supported, 2 * loop.multiply_adds, loop.run};
+}
+
+// Fastest first within a family.
+std::vector<MultiplyAdds> all_loops() {
+  return {
+#if defined(__x86_64__)
+    entry("vpdpbusd zmm", cpu_has_avx512_vnni(), kDpbusdZmm), entry("vpdpbusd ymm", cpu_has_avx512_vnni(), kDpbusdYmm),
+        entry("vpmaddubsw ymm", cpu_has_avx2(), kMaddubsYmm),
+#elif defined(__aarch64__)
+    entry("sdot", cpu_has_neon_dot(), kSdot),
+#endif
+        entry("int16 baseline", true, kInt16Baseline),
+#if defined(__x86_64__)
+        entry("fma zmm", cpu_has_avx512(), kFmaZmm), entry("fma ymm", cpu_has_avx2(), kFmaYmm),
+#endif
+        entry("float32 baseline", true, kFloat32Baseline),
+  };
+}
+
+double seconds(const std::function<void()>& work) {
+  const auto start = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+typedef std::uint64_t Vector __attribute__((vector_size(16), aligned(1), may_alias));
+constexpr std::size_t kVectors = 16;  // of a step: 256 bytes, four cache lines
+constexpr std::size_t kStepBytes = kVectors * sizeof(Vector);
+
+// Reads all but the last bytes, which make no step. Eight sums leave only the loads to wait for.
+template <int Streams>
+std::uint64_t read_streams(std::span<const std::uint8_t> bytes) {
+  constexpr std::size_t kSums = 8;
+  Vector sums[kSums] = {};
+  const std::size_t part = bytes.size() / Streams / kStepBytes * kStepBytes;
+  for (std::size_t offset = 0; offset < part; offset += kStepBytes) {
+    for (std::size_t stream = 0; stream < Streams; ++stream) {
+      const auto* vectors = reinterpret_cast<const Vector*>(bytes.data() + stream * part + offset);
+#pragma GCC unroll 16
+      for (std::size_t i = 0; i < kVectors; ++i) sums[i % kSums] ^= vectors[i];
+    }
+  }
+  std::uint64_t total = 0;
+  for (const Vector& sum : sums) total ^= sum[0] ^ sum[1];
+  return total;
+}
+
+std::uint64_t read_all(std::span<const std::uint8_t> bytes, int streams) {
+  switch (streams) {
+    case 1:
+      return read_streams<1>(bytes);
+    case 2:
+      return read_streams<2>(bytes);
+    case 4:
+      return read_streams<4>(bytes);
+    default:
+      return read_streams<8>(bytes);
+  }
+}
+
+}  // namespace
+
+std::span<const MultiplyAdds> multiply_adds() {
+  static const std::vector<MultiplyAdds> loops = all_loops();
+  return loops;
+}
+
+double operations_per_second(const MultiplyAdds& loop, Executor& executor, std::int64_t rounds) {
+  assert(loop.supported && rounds >= 1);
+  const int threads = executor.num_threads();
+  const double time = seconds([&] { executor.run(threads, [&](int) { loop.run(rounds); }); });
+  return static_cast<double>(loop.operations) * static_cast<double>(rounds) * threads / time;
+}
+
+std::int64_t least_bytes(const Executor& executor, int streams) {
+  return static_cast<std::int64_t>(kStepBytes) * executor.num_threads() * streams;
+}
+
+double bytes_per_second(std::span<const std::uint8_t> bytes, Executor& executor, int streams, std::int64_t repeats) {
+  assert(repeats >= 1);
+  const std::size_t threads = static_cast<std::size_t>(executor.num_threads());
+  const std::size_t share = bytes.size() / threads;
+  std::atomic<std::uint64_t> used{0};  // what was read must matter
+  const double time = seconds([&] {
+    executor.run(static_cast<int>(threads), [&](int thread) {
+      const auto part = bytes.subspan(static_cast<std::size_t>(thread) * share, share);
+      std::uint64_t total = 0;
+      for (std::int64_t repeat = 0; repeat < repeats; ++repeat) {
+        total += read_all(part, streams);
+        asm volatile("" : : : "memory");  // the next time may find other bytes
+      }
+      used += total;
+    });
+  });
+  const std::size_t step = static_cast<std::size_t>(streams) * kStepBytes;
+  return static_cast<double>(share / step * step * threads) * static_cast<double>(repeats) / time;
+}
+
+}  // namespace bitcore::limits
