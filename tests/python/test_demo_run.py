@@ -14,7 +14,8 @@ from bitlab.cli import main
 from bitlab.demo import evaluation, program
 from bitlab.demo.checks import Checks
 from bitlab.demo.data import load
-from bitlab.demo.timing import SHAPES, Timing, find, format_us
+from bitlab.demo.timing import SHAPES, Timing, find
+from bitlab.times import Spread, format_spread, format_us, spread
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -90,3 +91,10 @@ def test_timings_are_found_and_formatted() -> None:
     assert find([timing], SHAPES[0], 1) == {"BitLinear": timing}
     assert find([timing], SHAPES[1], 1) == {}
     assert [format_us(us) for us in (52.4, 7300)] == ["52 us", "7.3 ms"]
+    assert format_spread(52.4, 49.6, 60) == "52 us (50 - 60)"
+    assert format_spread(7300, 7000, 8000) == "7.3 ms (7.0 - 8.0)"
+
+
+def test_spread() -> None:
+    assert spread([3.0]) == Spread(3.0, 3.0, 3.0, 1)
+    assert spread([float(i) for i in range(10, -1, -1)]) == Spread(5.0, 1.0, 9.0, 11)

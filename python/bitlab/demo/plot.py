@@ -1,7 +1,6 @@
 """The demo's picture: training curves, classified digits, speed bars."""
 
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -10,31 +9,16 @@ from torch import Tensor
 
 from bitlab.demo import timing
 from bitlab.demo.data import Images
-from bitlab.demo.timing import Timing, format_us
+from bitlab.demo.timing import Timing
 from bitlab.demo.training import History
+from bitlab.style import BLUE, GREY, INK, ORANGE, RED, STYLE
+from bitlab.times import format_us
 
 matplotlib.use("Agg")
 
-GREY, BLUE, ORANGE, RED, INK = "#9aa3ad", "#5b8cc0", "#e07a2f", "#c8323c", "#20262e"
 BAR_COLORS = {timing.FLOAT32: GREY, timing.BFLOAT16: BLUE, timing.TERNARY: ORANGE}
 DIGIT_COLUMNS, DIGIT_ROWS = 12, 2
 LOWEST_SHOWN = 88  # Percent; the first epochs lie below.
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": "#c5cbd2",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 13,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 14,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "legend.frameon": False,
-}
 
 
 def draw(

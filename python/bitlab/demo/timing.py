@@ -1,6 +1,5 @@
 """How long a layer takes against `nn.Linear`: in turns, medians with their spread."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
+from bitlab.times import format_spread, spread
 from bitlayers import BitLinear
 
 SHAPES = ((2560, 2560), (6912, 2560))  # out_features x in_features: layers of a language model of 2 billion weights.
@@ -94,12 +94,10 @@ def weight_bytes(layer: nn.Module) -> int:
 
 
 def _summary(name: str, layer: nn.Module, rows: int, times: list[float]) -> Timing:
-    deciles = statistics.quantiles(times, n=10)
+    found = spread(times)
     weights = "from memory" if rows == 1 else "reused"
     out_features, in_features = int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
-    return Timing(
-        name, out_features, in_features, rows, statistics.median(times), deciles[0], deciles[-1], len(times), weights
-    )
+    return Timing(name, out_features, in_features, rows, found.median, found.low, found.high, found.count, weights)
 
 
 def find(timings: list[Timing], shape: tuple[int, int], rows: int) -> dict[str, Timing]:
@@ -122,24 +120,7 @@ def print_timings(timings: list[Timing], console: Console) -> None:
     for shape in SHAPES:
         for rows in ROWS:
             case = find(timings, shape, rows)
-            cells = [_format(case[name]) for name in CONTENDERS]
+            cells = [format_spread(t.median_us, t.low_us, t.high_us) for t in (case[name] for name in CONTENDERS)]
             gain = case[FLOAT32].median_us / case[TERNARY].median_us
             table.add_row(f"{shape[0]} x {shape[1]}", str(rows), *cells, f"[bold]{gain:.1f} x[/bold]")
     console.print(table)
-
-
-def _format(timing: Timing) -> str:
-    unit, scale, digits = _unit(timing.median_us)
-    low, median, high = (f"{us / scale:.{digits}f}" for us in (timing.low_us, timing.median_us, timing.high_us))
-    return f"{median} {unit} ({low} - {high})"
-
-
-def format_us(microseconds: float) -> str:
-    """52 us, or 7.3 ms."""
-    unit, scale, digits = _unit(microseconds)
-    return f"{microseconds / scale:.{digits}f} {unit}"
-
-
-def _unit(microseconds: float) -> tuple[str, int, int]:
-    """Unit, its microseconds, and the digits after the point."""
-    return ("us", 1, 0) if microseconds < 1000 else ("ms", 1000, 1)
