@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bitcore.exceptions import BitLabError
 from bitlab import __version__
+from bitlab.bench.options import UsageError, add_arguments, to_options
 
 PIPE_WIDTH = 120  # Of tables that go into a file or a pipe.
 MISSING_EXTRAS = "the demo needs scikit-learn and matplotlib: pip install 'bitlab[demo]'"
@@ -35,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=positive, default=40, help="passes over the training images (%(default)s)")
     demo.add_argument("--skip-timing", action="store_true", help="do not time the layer against nn.Linear")
     demo.set_defaults(run=run_demo)
+    bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
+    add_arguments(bench)
+    bench.set_defaults(run=run_bench)
     return parser
 
 
@@ -64,13 +68,24 @@ def run_demo(arguments: argparse.Namespace, console: Console) -> int:
     return run(options, console)
 
 
+def run_bench(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab bench`."""
+    from bitlab.bench.main import run
+
+    return run(to_options(arguments), arguments.command_line, console)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 where all went well, 1 for a failed check or error, 2 for misuse."""
     arguments = build_parser().parse_args(argv)
+    arguments.command_line = ["bitlab", *(sys.argv[1:] if argv is None else argv)]
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     try:
         code: int = arguments.run(arguments, console)
         return code
+    except UsageError as error:
+        print(f"bitlab: {error}", file=sys.stderr)
+        return 2
     except (BitLabError, OSError) as error:
         print(f"bitlab: {error}", file=sys.stderr)
         return 1

@@ -28,7 +28,8 @@ std::string list_limits() {
   std::string json;
   for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
     json += std::string(json.empty() ? "" : ", ") + "{\"name\": \"" + std::string(loop.name) +
-            "\", \"supported\": " + (loop.supported ? "true" : "false") + "}";
+            "\", \"supported\": " + (loop.supported ? "true" : "false") +
+            ", \"operations\": " + std::to_string(loop.operations) + "}";
   }
   return "[" + json + "]";
 }

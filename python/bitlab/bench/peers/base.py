@@ -6,17 +6,19 @@ from bitlab.bench.layer import Layer, Prepared
 
 
 class Peer(Protocol):
-    """One way to compute `x @ weight.T` with the layer's weight, timed as its users would call it.
+    """One way to compute `x @ weight.T` with the layer's weight, timed as its users would call it."""
 
-    Attributes:
-        name: In tables and files.
-        group: What `--peers` selects it by.
-        family: Whose multiply-add peak bounds it: "int8", "float32", or None where that peak is not measured.
-    """
+    @property
+    def name(self) -> str:
+        """In tables and files."""
 
-    name: str
-    group: str
-    family: str | None
+    @property
+    def group(self) -> str:
+        """What `--peers` selects it by."""
+
+    @property
+    def family(self) -> str | None:
+        """Whose multiply-add peak bounds it: "int8", "float32", or None where that peak is not measured."""
 
     def missing(self) -> str | None:
         """Why it cannot run here, or None."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bitcore.exceptions import BitLabError
-from bitlab.bench.layer import Call, Layer, Prepared
+from bitlab.bench.layer import Layer, Prepared
 
 LIBRARIES = ("ggml-base", "ggml-cpu", "ggml")  # In the order in which they need each other.
 FLOAT32 = 0
@@ -79,7 +79,9 @@ class _Multiplication:
 
     def __init__(self, ggml: Any, ggml_type: int, layer: Layer, packed: Tensor, x: Tensor) -> None:
         self._ggml = ggml
-        self._context = self._pool = self._backend = None
+        self._context: int | None = None
+        self._pool: int | None = None
+        self._backend: int | None = None
         copies, rows = layer.copies(packed.nbytes), len(x)
         y_bytes = rows * layer.out_features * 4
         overhead = int(ggml.ggml_graph_overhead()) + 3 * int(ggml.ggml_tensor_overhead()) + 4096

@@ -1,0 +1,210 @@
+"""Who is timed: BitLab's kernels in each layout, and the peers."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import KernelNotFoundError, QuantizationError
+from bitcore.kernels import BitKernelBase, KernelRegistry
+from bitcore.kernels.builtin import BUILTIN_KERNELS
+from bitcore.kernels.operator_kernel import OperatorKernel
+from bitcore.kernels.registry import STATE, find
+from bitcore.ops.packing import pack_weights
+from bitlab.bench.layer import WEIGHT_SCALE, Call, Layer, Prepared
+from bitlab.bench.limits import best_path, kernel_path
+from bitlab.bench.options import ALL, BEST, BenchOptions, UsageError
+from bitlab.bench.peers import Peer
+
+OWN_LAYOUT = "own"  # Of a registered kernel that prepares its weights itself.
+SLOW_BY_DESIGN = ("ReferenceKernel",)  # Plain loops, to check the others: seconds for a call. Timed where it is named.
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the tables.
+
+    Attributes:
+        name: Of the kernel or the peer.
+        is_peer: Whether it is one.
+        layout: Of packed weights; "" for a peer.
+        activations: "int8" or "float32"; "" for a peer.
+        dispatched: Whether `bitlinear.forward` would choose this kernel.
+        registered: Whether the user registered it.
+        path: Whose multiply-add peak bounds it; None where that peak is not measured.
+    """
+
+    name: str
+    is_peer: bool
+    layout: str
+    activations: str
+    dispatched: bool
+    registered: bool
+    path: str | None
+
+
+def config_of(activations: str) -> BitQuantConfig:
+    """What is measured: a scale for every row of x, as language models have it."""
+    dtype = cast(Literal["int8", "float32"], activations)  # The parser knows no other.
+    return BitQuantConfig(activation_dtype=dtype, activation_granularity="per_channel")
+
+
+def import_modules(names: tuple[str, ...]) -> None:
+    """Imports the user's modules, from the current folder too.
+
+    Raises:
+        UsageError: one cannot be imported.
+    """
+    if names and os.getcwd() not in sys.path:  # noqa: PTH109
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(f"--import {name}: {error}") from error
+
+
+def choose_kernels(options: BenchOptions) -> dict[str, list[BitKernelBase]]:
+    """The kernels of each activation dtype, best first.
+
+    Raises:
+        UsageError: a name is unknown, does not run here, or covers none of the activations.
+        KernelNotFoundError: the environment names kernels that cover none.
+    """
+    named = [_named(name, options.activations) for name in options.kernels if name not in (BEST, ALL)]
+    return {activations: _of_family(activations, options.kernels, named) for activations in options.activations}
+
+
+def _named(name: str, activations: tuple[str, ...]) -> BitKernelBase:
+    try:
+        kernel = find(name)
+    except KernelNotFoundError as error:
+        raise UsageError(f"--kernels: {error}; or {BEST}, {ALL}") from None
+    if not kernel.is_supported():
+        raise UsageError(f"--kernels: {name} needs {kernel.requirement}, which this machine does not have")
+    if not any(kernel.covers(config_of(dtype), "cpu") for dtype in activations):
+        raise UsageError(f"--kernels: {name} does not run {' or '.join(activations)} activations on this CPU")
+    return kernel
+
+
+def _of_family(activations: str, asked: tuple[str, ...], named: list[BitKernelBase]) -> list[BitKernelBase]:
+    config = config_of(activations)
+    chosen = list(named)
+    if BEST in asked:
+        chosen.append(dispatched(config))
+    if ALL in asked:
+        chosen += [k for k in (*STATE.user_kernels, *BUILTIN_KERNELS) if k.name not in SLOW_BY_DESIGN]
+    kernels = {kernel.name: kernel for kernel in chosen if kernel.covers(config, "cpu")}
+    order = [kernel.name for kernel in (*STATE.user_kernels, *BUILTIN_KERNELS)]
+    return sorted(kernels.values(), key=lambda kernel: order.index(kernel.name))
+
+
+def dispatched(config: BitQuantConfig) -> BitKernelBase:
+    """The kernel that a call gets."""
+    return find(KernelRegistry.get_kernel_for_config(config).name)
+
+
+def pack_copies(layer: Layer, layout: str) -> Tensor:
+    """uint8 (copies, out_features, row_bytes): the packed weight, as often as the layer asks for.
+
+    Raises:
+        QuantizationError: the layout does not exist for this shape.
+    """
+    packed = pack_weights(layer.codes, layout)
+    return packed.expand(layer.copies(packed.nbytes), *packed.shape).contiguous()
+
+
+def prepare_kernels(
+    layer: Layer, kernels: dict[str, list[BitKernelBase]], pools: dict[str, Tensor]
+) -> dict[Contender, Prepared]:
+    """Every kernel with every layout that it reads. pools: of pack_copies, by layout."""
+    prepared = {}
+    for activations, fitting in kernels.items():
+        config = config_of(activations)
+        for kernel in fitting:
+            forms = pools if kernel.has_standard_form() else {OWN_LAYOUT: None}
+            for layout, pool in forms.items():
+                contender = _contender(kernel, layout, config)
+                prepared[contender] = (
+                    _standard(kernel, pool, config) if pool is not None else _own(kernel, layer, config)
+                )
+    return prepared
+
+
+def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig) -> Contender:
+    return Contender(
+        name=kernel.name,
+        is_peer=False,
+        layout=layout,
+        activations=config.activation_dtype,
+        dispatched=kernel.name == dispatched(config).name,
+        registered=any(kernel is mine for mine in STATE.user_kernels),
+        path=kernel_path(kernel, config),
+    )
+
+
+def _standard(kernel: BitKernelBase, pool: Tensor, config: BitQuantConfig) -> Prepared:
+    scale = torch.tensor(WEIGHT_SCALE)
+    return Prepared(pool[0].nbytes, _binder(kernel, [(scale, qweight) for qweight in pool], config))
+
+
+def _own(kernel: BitKernelBase, layer: Layer, config: BitQuantConfig) -> Prepared:
+    # Its prepare_weights is made for trained weights, whose mean magnitude is the scale: of ternary ones the codes
+    # survive, and the scale is smaller by the share of zeros. That changes no time.
+    scale, qweight = kernel.prepare_weights(layer.weight(), config)
+    copies = [(scale.clone(), qweight.clone()) for _ in range(layer.copies(max(1, qweight.nbytes)))]
+    return Prepared(qweight.nbytes, _binder(kernel, copies, config))
+
+
+def _binder(
+    kernel: BitKernelBase, weights: list[tuple[Tensor, Tensor]], config: BitQuantConfig
+) -> Callable[[Tensor], Call]:
+    """Built-in kernels are called as operators, with nothing of Python around; others as they are."""
+    function: Callable[..., Tensor] = kernel
+    rest: tuple[object, ...] = (None, config)
+    if isinstance(kernel, OperatorKernel):
+        function, rest = kernel.inference_op, (None, *config.flags, None, kernel.name)
+
+    def bind(x: Tensor) -> Call:
+        turn = cycle([partial(function, x, scale, qweight, *rest) for scale, qweight in weights])
+        return lambda: next(turn)()
+
+    return bind
+
+
+def prepare_peers(layer: Layer, peers: list[Peer]) -> tuple[dict[Contender, Prepared], dict[str, str]]:
+    """The peers that compute this layer, and why the others do not, by name."""
+    prepared, reasons = {}, {}
+    for peer in peers:
+        reason = peer.refuses(layer.out_features, layer.in_features)
+        if reason is not None:
+            reasons[peer.name] = reason
+            continue
+        path = best_path(peer.family) if peer.family is not None else None
+        prepared[Contender(peer.name, True, "", "", False, False, path)] = peer.prepare(layer)
+    return prepared, reasons
+
+
+def available(peers: list[Peer]) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that run here, and why the others do not, by name."""
+    reasons = {peer.name: reason for peer in peers if (reason := peer.missing()) is not None}
+    return [peer for peer in peers if peer.name not in reasons], reasons
+
+
+def layouts_of(layer: Layer, layouts: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The copies of every layout that exists for this shape, and why the others do not."""
+    pools, reasons = {}, {}
+    for layout in layouts:
+        try:
+            pools[layout] = pack_copies(layer, layout)
+        except QuantizationError as error:
+            reasons[f"layout {layout}"] = str(error)
+    return pools, reasons

@@ -1,0 +1,107 @@
+"""What this machine can do at most, measured in turns with everything else, and which part of it bounds whom."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitcore.config import BitQuantConfig
+from bitcore.kernels.base import BitKernelBase
+from bitcore.kernels.builtin import BUILTIN_KERNELS
+
+READ = "memory read"
+READ_IN_CACHE = "cache read"
+STREAMS = (1, 2, 4, 8)  # Which one reads fastest depends on the machine: the limit is the best of them.
+READ_BYTES = 64 * 2**20  # Of one measurement: milliseconds, beside which the start of a thread is little.
+PEAK_SECONDS = 1e-3
+
+# The multiply-adds of a kernel, by how its name begins; the first that fits.
+PATHS = (
+    ("Int8Avx512", "vpdpbusd zmm"),
+    ("Int8AvxVnni", "vpdpbusd ymm"),
+    ("Int8Avx2", "vpmaddubsw ymm"),
+    ("Int8NeonDot", "sdot"),
+    ("Int8Portable", "int16 baseline"),
+    ("Float32Avx512", "fma zmm"),
+    ("Float32Avx2", "fma ymm"),
+    ("Float32Portable", "float32 baseline"),
+)
+# Best first: what bounds a contender whose path is not known.
+FAMILIES = {
+    "int8": ("vpdpbusd zmm", "vpdpbusd ymm", "vpmaddubsw ymm", "sdot", "int16 baseline"),
+    "float32": ("fma zmm", "fma ymm", "float32 baseline"),
+}
+
+# Figures of other projects were published for one machine. A run counts beside them where it reaches these limits:
+# GB/s of memory, GOPS of vpdpbusd, by threads.
+PUBLISHED = {READ: {1: 35.0, 2: 45.0}, "vpdpbusd zmm": {1: 950.0, 2: 1900.0}}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The shortest time that the limits allow, and which of them sets it: "memory" or "arithmetic"."""
+
+    microseconds: float
+    by: str
+
+
+def bound(weight_bytes: int, operations: float, gb_per_s: float, gops: float) -> Bound:
+    """The larger of bytes / bandwidth and operations / peak.
+
+    Args:
+        weight_bytes: All bytes of one weight.
+        operations: 2 * rows * out_features * in_features.
+        gb_per_s: 10^9 bytes per second.
+        gops: 10^9 operations per second.
+    """
+    memory, arithmetic = weight_bytes / gb_per_s / 1e3, operations / gops / 1e3
+    return Bound(memory, "memory") if memory >= arithmetic else Bound(arithmetic, "arithmetic")
+
+
+def supported_paths() -> list[str]:
+    """The multiply-adds that this CPU has."""
+    return [entry["name"] for entry in json.loads(torch.ops.bitcore.list_limits()) if entry["supported"]]
+
+
+def best_path(family: str) -> str:
+    """The fastest multiply-adds of "int8" or "float32" that this CPU has."""
+    supported = supported_paths()
+    return next(path for path in FAMILIES[family] if path in supported)
+
+
+def kernel_path(kernel: BitKernelBase, config: BitQuantConfig) -> str:
+    """The multiply-adds that a kernel is made of. Of one that is not built in only its activations are known."""
+    if any(kernel is builtin for builtin in BUILTIN_KERNELS):
+        for prefix, path in PATHS:
+            if kernel.name.startswith(prefix):
+                return path
+    return best_path(config.activation_dtype)
+
+
+def peak_sampler(path: str) -> Callable[[], list[float]]:
+    """Measures the peak of all of torch's threads together, in GOPS."""
+    probe = 1000
+    torch.ops.bitcore.measure_multiply_adds(path, probe)
+    operations = _operations_of_a_round(path)
+    per_second = torch.ops.bitcore.measure_multiply_adds(path, probe)
+    rounds = max(probe, int(per_second / torch.get_num_threads() / operations * PEAK_SECONDS))
+    return lambda: [torch.ops.bitcore.measure_multiply_adds(path, rounds) / 1e9]
+
+
+def _operations_of_a_round(path: str) -> int:
+    return next(entry["operations"] for entry in json.loads(torch.ops.bitcore.list_limits()) if entry["name"] == path)
+
+
+def read_sampler(data: Tensor) -> Callable[[], list[float]]:
+    """Measures how fast all of torch's threads together read uint8 data, in GB/s: the best of some access patterns."""
+    flat = data.flatten()
+    repeats = 1 + READ_BYTES // flat.numel()
+    # Small weights on many threads: a thread reads at least a step of every stream.
+    streams = [count for count in STREAMS if flat.numel() >= 256 * count * torch.get_num_threads()]
+
+    def sample() -> list[float]:
+        return [max(torch.ops.bitcore.measure_read(flat, count, repeats) for count in streams) / 1e9]
+
+    return sample

@@ -1,0 +1,134 @@
+"""The benchmark from beginning to end."""
+
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import product
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+from bitcore.kernels.base import BitKernelBase
+from bitlab.bench import contenders, machine, report, results
+from bitlab.bench.contenders import Contender
+from bitlab.bench.layer import Prepared, make_layer, make_x
+from bitlab.bench.limits import READ, READ_IN_CACHE, peak_sampler, read_sampler
+from bitlab.bench.options import BenchOptions, UsageError
+from bitlab.bench.peers import Peer, selected
+from bitlab.bench.results import Case, Limit, Results
+from bitlab.bench.timing import CallSampler, Sampler, take_turns
+from bitlab.times import spread
+
+JSON_FILE, PICTURE_FILE = "bench.json", "roofline.png"
+
+
+def run(options: BenchOptions, command: Sequence[str], console: Console) -> int:
+    """Runs the benchmark. Returns 0.
+
+    Args:
+        options: What to measure.
+        command: The command line, for the record.
+        console: Where tables go.
+
+    Raises:
+        UsageError: the options name a kernel that cannot be measured, a module that cannot be imported, or nothing.
+    """
+    contenders.import_modules(options.imports)
+    kernels = contenders.choose_kernels(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    peers, missing = contenders.available(selected(options.peers))
+    found = _new_results(options, command)
+    found.skipped.update(missing)
+    report.print_machine(found, console)
+    with torch.inference_mode(), _threads_kept():
+        _measure(found, kernels, peers, console)
+    report.print_limits(found, console)
+    report.print_measurements(found, console)
+    report.print_dispatch(found, console)
+    report.print_skipped(found.skipped, console)
+    results.write(found, options.output / JSON_FILE)
+    console.print(f"Figures: {options.output / JSON_FILE}", highlight=False, soft_wrap=True)
+    _draw(found, console)
+    console.print(f"Took {found.seconds:.0f} s.", highlight=False)
+    return 0
+
+
+def _new_results(options: BenchOptions, command: Sequence[str]) -> Results:
+    weights_from = (
+        "the cache: one copy" if options.in_cache else "memory: copies of more than twice the last-level cache"
+    )
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return Results(machine.describe(), shlex.join(command), date, options, weights_from)
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: list[Peer], console: Console) -> None:
+    start = time.perf_counter()
+    options = found.options
+    rotated = 0 if options.in_cache else 2 * found.machine.last_level_cache_bytes
+    per_shape = list(product(options.threads, options.rows))
+    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(options.shapes) * len(per_shape))
+        for out_features, in_features in options.shapes:
+            layer = make_layer(out_features, in_features, rotated)
+            pools, reasons = contenders.layouts_of(layer, options.layouts)
+            prepared = contenders.prepare_kernels(layer, kernels, pools)
+            of_peers, refused = contenders.prepare_peers(layer, peers)
+            where = f" at {out_features} x {in_features}"
+            found.skipped.update({name + where: reason for name, reason in (reasons | refused).items()})
+            prepared |= of_peers
+            if not prepared:
+                raise UsageError(f"nothing to measure{where}: no kernel, layout or peer fits")
+            data = next(iter(pools.values())) if pools else contenders.pack_copies(layer, "2bit")
+            for threads, rows in per_shape:
+                torch.set_num_threads(threads)
+                _measure_case(found, Case(out_features, in_features, rows, threads), prepared, data)
+                progress.advance(task)
+    found.seconds = time.perf_counter() - start
+
+
+def _measure_case(found: Results, case: Case, prepared: dict[Contender, Prepared], data: Tensor) -> None:
+    """Limits and contenders in turns. data: what the read limit reads."""
+    options = found.options
+    read = READ_IN_CACHE if options.in_cache else READ
+    paths = dict.fromkeys(contender.path for contender in prepared if contender.path is not None)
+    samplers: dict[str | Contender, Sampler] = {read: read_sampler(data)}
+    samplers |= {path: peak_sampler(path) for path in paths}
+    x = make_x(case.rows, case.in_features)
+    samplers |= {contender: CallSampler(held.bind(x)) for contender, held in prepared.items()}
+    cases = len(options.shapes) * len(options.rows) * len(options.threads)
+    samples = take_turns(samplers, options.repetitions, options.seconds / cases)
+    limits = {name: spread(values) for name, values in samples.items() if isinstance(name, str)}
+    found.limits += [Limit(case, name, value) for name, value in limits.items()]
+    found.measurements += results.with_ratios(
+        [
+            results.measurement(case, contender, held.weight_bytes, samples[contender], limits, read)
+            for contender, held in prepared.items()
+        ]
+    )
+
+
+def _draw(found: Results, console: Console) -> None:
+    path = found.options.output / PICTURE_FILE
+    try:
+        from bitlab.bench import plot
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        console.print("No picture: it needs matplotlib (pip install 'bitlab[demo]')", highlight=False)
+        return
+    plot.draw(path, found)
+    console.print(f"Picture: {path}", highlight=False, soft_wrap=True)
