@@ -25,7 +25,9 @@ from bitlab.bench.options import ALL, BEST, BenchOptions, UsageError
 from bitlab.bench.peers import Peer
 
 OWN_LAYOUT = "own"  # Of a registered kernel that prepares its weights itself.
-SLOW_BY_DESIGN = ("ReferenceKernel",)  # Plain loops, to check the others: seconds for a call. Timed where it is named.
+# Not among "all", but timed where they are named: one is there to check the others, one to serve other devices, and a
+# call of theirs takes up to seconds.
+SLOW_BY_DESIGN = ("ReferenceKernel", "TorchKernel")
 
 
 @dataclass(frozen=True)

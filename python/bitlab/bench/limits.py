@@ -14,8 +14,9 @@ from bitcore.kernels.builtin import BUILTIN_KERNELS
 READ = "memory read"
 READ_IN_CACHE = "cache read"
 STREAMS = (1, 2, 4, 8)  # Which one reads fastest depends on the machine: the limit is the best of them.
+STEP_BYTES = 256  # That a stream reads at once: smaller weights are repeated until there is one for every stream.
 READ_BYTES = 64 * 2**20  # Of one measurement: milliseconds, beside which the start of a thread is little.
-PEAK_SECONDS = 1e-3
+PEAK_SECONDS, PEAK_SAMPLES = 1e-3, 5
 
 # The multiply-adds of a kernel, by how its name begins; the first that fits.
 PATHS = (
@@ -87,7 +88,7 @@ def peak_sampler(path: str) -> Callable[[], list[float]]:
     operations = _operations_of_a_round(path)
     per_second = torch.ops.bitcore.measure_multiply_adds(path, probe)
     rounds = max(probe, int(per_second / torch.get_num_threads() / operations * PEAK_SECONDS))
-    return lambda: [torch.ops.bitcore.measure_multiply_adds(path, rounds) / 1e9]
+    return lambda: [torch.ops.bitcore.measure_multiply_adds(path, rounds) / 1e9 for _ in range(PEAK_SAMPLES)]
 
 
 def _operations_of_a_round(path: str) -> int:
@@ -97,11 +98,11 @@ def _operations_of_a_round(path: str) -> int:
 def read_sampler(data: Tensor) -> Callable[[], list[float]]:
     """Measures how fast all of torch's threads together read uint8 data, in GB/s: the best of some access patterns."""
     flat = data.flatten()
+    least = STEP_BYTES * max(STREAMS) * torch.get_num_threads()
+    flat = flat.repeat(1 + (least - 1) // flat.numel()) if flat.numel() < least else flat
     repeats = 1 + READ_BYTES // flat.numel()
-    # Small weights on many threads: a thread reads at least a step of every stream.
-    streams = [count for count in STREAMS if flat.numel() >= 256 * count * torch.get_num_threads()]
 
     def sample() -> list[float]:
-        return [max(torch.ops.bitcore.measure_read(flat, count, repeats) for count in streams) / 1e9]
+        return [max(torch.ops.bitcore.measure_read(flat, count, repeats) for count in STREAMS) / 1e9]
 
     return sample

@@ -111,8 +111,8 @@ def _measure_case(found: Results, case: Case, prepared: dict[Contender, Prepared
     samplers |= {contender: CallSampler(held.bind(x)) for contender, held in prepared.items()}
     cases = len(options.shapes) * len(options.rows) * len(options.threads)
     samples = take_turns(samplers, options.repetitions, options.seconds / cases)
-    limits = {name: spread(values) for name, values in samples.items() if isinstance(name, str)}
-    found.limits += [Limit(case, name, value) for name, value in limits.items()]
+    limits = {name: Limit(case, name, spread(values)) for name, values in samples.items() if isinstance(name, str)}
+    found.limits += limits.values()
     found.measurements += results.with_ratios(
         [
             results.measurement(case, contender, held.weight_bytes, samples[contender], limits, read)

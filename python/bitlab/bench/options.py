@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels",
         type=_list_of(str),
         default=ALL,
-        help="best: the dispatched one; all: every kernel that fits, registered ones too, but ReferenceKernel; "
-        "or names (%(default)s)",
+        help="best: the dispatched one; all: every kernel that fits, registered ones too, but not ReferenceKernel and "
+        "TorchKernel; or names (%(default)s)",
     )
     parser.add_argument(
         "--layouts", type=_list_of(_one_of(LAYOUTS)), default=",".join(LAYOUTS), help="packed layouts (%(default)s)"

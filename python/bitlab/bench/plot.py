@@ -17,9 +17,10 @@ matplotlib.use("Agg")
 
 MOST_PANELS = 3  # Thread counts shown, the first ones.
 KERNEL_COLORS = (ORANGE, RED, "#7a5195", "#2f9e6e", "#b8860b", "#00798c", "#d45087", "#665c54")
-PEER_COLORS = (GREY, BLUE, "#3d5a80", "#6b7a8f", "#8ab0c8", "#4f5d75", "#a3a9b8")
+PEER_COLORS = (GREY, BLUE, "#1d3557", "#4a7c8c", "#8a7f9c", INK, "#6b7280")
 LAYOUT_MARKERS = {"2bit": "o", "1.6bit": "D"}
-OTHER_LAYOUT_MARKER, PEER_MARKER = "P", "s"
+OTHER_LAYOUT_MARKER = "P"
+PEER_MARKERS = ("s", "^", "v", "<", "X", "*", "p")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def draw(path: Path, results: Results) -> None:
         shapes = ", ".join(f"{n} x {k}" for n, k in results.options.shapes)
         left = figure.axes[0].get_position().x0
         figure.text(left, 0.94, "BitLab on the roofline of this machine", fontsize=18, fontweight="bold")
-        caption = f"{results.machine.cpu}; layers {shapes} (out x in); weights from {results.weights_from}"
+        where = "the cache" if results.options.in_cache else "memory"
+        caption = f"{results.machine.cpu}; layers {shapes} (out x in); weights from {where}"
         figure.text(left, 0.9, caption, fontsize=10, color="#4a535e")
         _draw_legend(figure, looks)
         figure.savefig(path)
@@ -62,7 +64,8 @@ def _looks(measurements: Sequence[Measurement]) -> dict[str, _Look]:
     looks = {}
     for m in measurements:
         if m.contender.is_peer:
-            look = _Look(PEER_COLORS[peers.index(m.contender.name) % len(PEER_COLORS)], PEER_MARKER)
+            index = peers.index(m.contender.name) % len(PEER_COLORS)
+            look = _Look(PEER_COLORS[index], PEER_MARKERS[index])
         else:
             color = KERNEL_COLORS[kernels.index(m.contender.name) % len(KERNEL_COLORS)]
             look = _Look(color, LAYOUT_MARKERS.get(m.contender.layout, OTHER_LAYOUT_MARKER))
@@ -76,7 +79,7 @@ def _intensity(m: Measurement) -> float:
 
 
 def _draw_panel(axes: Axes, results: Results, threads: int, looks: dict[str, _Look]) -> None:
-    axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}")
+    axes.set_title(f"{threads} thread{'s' if threads > 1 else ''}", pad=22)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("operations per byte of weights")
@@ -106,10 +109,10 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
     axes.annotate(
         f"{read} {bandwidth:.0f} GB/s",
         (first, bandwidth * first),
-        xytext=(4, 14),
+        xytext=(14, 0),
         textcoords="offset points",
+        va="top",
         fontsize=9,
-        rotation=0,
     )
     previous = None
     for value, name in reversed(peaks):
@@ -121,8 +124,9 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
         axes.annotate(
             f"{name} {value:.0f} GOPS",
             (last, value),
-            xytext=(0, -11 if below else 4),
+            xytext=(0, -4 if below else 4),
             textcoords="offset points",
+            va="top" if below else "bottom",
             fontsize=9,
             ha="right",
         )
@@ -131,17 +135,17 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
 
 
 def _label_rows(axes: Axes, measurements: Sequence[Measurement]) -> None:
-    """The number of rows above the highest point of each, at the kernels' intensity."""
-    kernels = [m for m in measurements if not m.contender.is_peer] or list(measurements)
-    for rows in sorted({m.case.rows for m in kernels}):
-        top = max((m for m in kernels if m.case.rows == rows), key=lambda m: m.gops)
-        text = f"{rows} row{'s' if rows > 1 else ''}"
+    """The numbers of rows along the upper edge, at the intensity of the first kernel."""
+    first = next((m.contender for m in measurements if not m.contender.is_peer), measurements[0].contender)
+    for rows, intensity in {m.case.rows: _intensity(m) for m in measurements if m.contender == first}.items():
+        axes.axvline(intensity, color="#eceff2", linewidth=6, zorder=0)
         axes.annotate(
-            text,
-            (_intensity(top), top.gops),
-            xytext=(-9, 3),
+            f"{rows} row{'s' if rows > 1 else ''}",
+            (intensity, 1.0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
             textcoords="offset points",
-            ha="right",
+            ha="center",
             fontsize=9,
             color="#4a535e",
         )

@@ -48,7 +48,7 @@ def print_limits(results: Results, console: Console) -> None:
     overall = overall_limits(results.limits)
     threads = sorted({count for _, count in overall})
     names = sorted({name for name, _ in overall}, key=lambda name: (name not in (READ, READ_IN_CACHE), name))
-    table = _table("Limits of this machine: median over the cases (middle 80 %)")
+    table = _table("Limits of this machine\nupper decile in a case; median over the cases (middle 80 %)")
     table.add_column("limit")
     table.add_column("unit")
     for count in threads:

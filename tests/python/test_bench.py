@@ -1,0 +1,483 @@
+"""`bitlab bench`: it times the right things, says what follows from the times, and refuses nonsense.
+
+No time is asserted: tests run on machines that do other things as well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitcore.config import BitQuantConfig
+from bitcore.kernels import BitKernelBase, KernelRegistry
+from bitcore.ops import base
+from bitlab.bench import contenders, machine, results, timing
+from bitlab.bench.contenders import Contender
+from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
+from bitlab.bench.limits import FAMILIES, PATHS, best_path, bound, kernel_path, peak_sampler, supported_paths
+from bitlab.bench.options import BenchOptions, UsageError
+from bitlab.bench.peers import PEERS, Peer, selected
+from bitlab.bench.results import Case, Limit, Measurement
+from bitlab.cli import main
+from bitlab.times import Spread
+from support import NATIVE_KERNELS, torch_threads
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TINY = ["--shapes", "64x256", "--rows", "1,5", "--threads", "1", "--repetitions", "2", "--in-cache"]
+MEASUREMENT_KEYS = {
+    *("out_features", "in_features", "rows", "threads", "name", "is_peer", "layout", "activations", "dispatched"),
+    *("registered", "path", "weight_bytes", "median_us", "p10_us", "p90_us", "repetitions", "gb_per_s", "gops"),
+    *("limit_us", "limited_by", "percent_of_limit", "times_as_fast_as"),
+}
+LIMIT_KEYS = {
+    *("out_features", "in_features", "rows", "threads"),
+    *("name", "unit", "median", "p10", "p90", "repetitions"),
+}
+
+
+def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["bench", *TINY, "--output", str(tmp_path), *arguments]) == 0
+    found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
+    return found
+
+
+# --- the whole command ----------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    found = bench(tmp_path)
+    assert set(found) == {
+        *("machine", "command", "date", "seconds", "settings", "weights_from"),
+        *("limits", "measurements", "dispatch", "skipped"),
+    }
+    assert found["machine"]["cpu"]
+    assert found["machine"]["torch"] == torch.__version__
+    assert found["command"].startswith("bitlab bench --shapes 64x256")
+    assert all(set(limit) == LIMIT_KEYS for limit in found["limits"])
+    assert all(0 < limit["p10"] <= limit["median"] <= limit["p90"] < math.inf for limit in found["limits"])
+    assert {limit["name"] for limit in found["limits"]} >= {"cache read", best_path("int8"), best_path("float32")}
+
+    measured = found["measurements"]
+    assert all(set(entry) == MEASUREMENT_KEYS for entry in measured)
+    for entry in measured:
+        assert 0 < entry["p10_us"] <= entry["median_us"] <= entry["p90_us"]
+        assert entry["gops"] == pytest.approx(2 * entry["rows"] * 64 * 256 / entry["median_us"] / 1e3)
+        assert entry["gb_per_s"] == pytest.approx(entry["weight_bytes"] / entry["median_us"] / 1e3)
+        assert set(entry["times_as_fast_as"]) == {"torch float32", "torch bfloat16", "torch dynamic int8"}
+    here = [
+        name for name in NATIVE_KERNELS if name.startswith("Int8") and name in KernelRegistry.list_available_kernels()
+    ]
+    for rows in (1, 5):
+        lines = [(e["name"], e["layout"]) for e in measured if e["rows"] == rows and not e["is_peer"]]
+        assert lines == [(name, layout) for name in here for layout in ("2bit", "1.6bit")]
+    best = KernelRegistry.get_kernel_for_config(BitQuantConfig()).name
+    assert {entry["name"] for entry in measured if entry["dispatched"]} == {best}
+    if len(here) > 1:
+        assert [check["dispatched"] for check in found["dispatch"]] == [best] * 4
+
+    assert (tmp_path / "roofline.png").read_bytes().startswith(PNG)
+    output = capsys.readouterr().out
+    for text in (*here, "torch bfloat16", "1.6bit", "bitlab bench --shapes 64x256", "bench.json", "roofline.png"):
+        assert text in output
+    assert torch.get_num_threads() == threads
+
+
+def test_float32_threads_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only the cache, not only one thread, not only int8."""
+    monkeypatch.setattr("bitlab.bench.machine.last_level_cache", lambda _: 20_000)
+    arguments = ["--shapes", "48x80", "--rows", "3", "--threads", "1,2", "--repetitions", "2", "--kernels", "best"]
+    arguments += ["--activations", "float32,int8", "--layouts", "2bit", "--peers", "none", "--output", str(tmp_path)]
+    assert main(["bench", *arguments]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {limit["name"] for limit in found["limits"]} >= {"memory read"}
+    assert [(e["threads"], e["activations"], e["dispatched"]) for e in found["measurements"]] == [
+        *((1, "float32", True), (1, "int8", True)),
+        *((2, "float32", True), (2, "int8", True)),
+    ]
+    assert all(entry["times_as_fast_as"] == {} for entry in found["measurements"])
+    assert found["dispatch"] == []
+
+
+def test_a_layout_that_does_not_exist_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench(tmp_path, "--shapes", "16x16", "--peers", "none", "--kernels", "best")
+    assert {entry["layout"] for entry in found["measurements"]} == {"2bit"}
+    assert [entry["name"] for entry in found["skipped"]] == ["layout 1.6bit at 16 x 16"]
+    assert "skipped layout 1.6bit at 16 x 16: " in capsys.readouterr().out
+
+
+def test_nothing_to_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--shapes", "16x16", "--layouts", "1.6bit", "--peers", "none", "--repetitions", "1"]
+    assert main(["bench", *tiny, "--output", str(tmp_path)]) == 2
+    assert "nothing to measure at 16 x 16" in capsys.readouterr().err
+
+
+def test_without_matplotlib(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "bitlab.bench.plot", raising=False)
+    monkeypatch.setattr("bitlab.bench.plot", None, raising=False)
+    monkeypatch.delattr("bitlab.bench.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench(tmp_path, "--kernels", "best", "--peers", "none")
+    assert not (tmp_path / "roofline.png").exists()
+    assert "needs matplotlib" in capsys.readouterr().out
+
+
+# --- misuse -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "0x5"], "0 is below 1"),
+        (["--shapes", "5"], "'5' is no shape, expected OUTxIN"),
+        (["--shapes", "ax5"], "'a' is no whole number"),
+        (["--shapes", "5x5,"], "has an empty item"),
+        (["--rows", "-1"], "-1 is below 1"),
+        (["--threads", "0"], "0 is below 1"),
+        (["--threads", "two"], "'two' is no whole number"),
+        (["--layouts", "3bit"], "'3bit' is unknown, expected 2bit, 1.6bit"),
+        (["--activations", "int4"], "'int4' is unknown, expected int8, float32"),
+        (["--peers", "tensorflow"], "'tensorflow' is unknown, expected torch"),
+        (["--repetitions", "0"], "0 is below 1"),
+        (["--seconds", "nan"], "nan is not above 0"),
+        (["--seconds", "1", "--repetitions", "1"], "not allowed with"),
+    ],
+)
+def test_misuse_of_an_option(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["bench", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--kernels", "NoKernel"], "no kernel is named 'NoKernel'; known: Int8Kernel"),
+        (["--kernels", "Float32PortableKernel"], "does not run int8 activations"),
+        (["--import", "no_such_module"], "--import no_such_module: No module named"),
+    ],
+)
+def test_misuse_that_only_bitcore_knows(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *TINY, *arguments, "--output", str(tmp_path / "new")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_kernel_that_this_machine_lacks() -> None:
+    lacking = [entry for entry in json.loads(torch.ops.bitcore.list_kernels())["kernels"] if not entry["supported"]]
+    if not lacking:
+        pytest.skip("this CPU runs every kernel")
+    with pytest.raises(UsageError, match="which this machine does not have"):
+        contenders.choose_kernels(BenchOptions(kernels=(lacking[0]["name"],), activations=("int8", "float32")))
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+class PlainKernel(BitKernelBase):
+    """A registered kernel of the standard form."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        qweight_scale: torch.Tensor,
+        qweight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> torch.Tensor:
+        return x @ (base.unpack_weights(qweight, x.shape[-1]).float() * qweight_scale).T
+
+    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
+        return quant_config.activation_dtype == "int8"
+
+
+class OwnFormKernel(PlainKernel):
+    """One with a form of its own: dense float weights."""
+
+    def prepare_weights(self, weight: torch.Tensor, quant_config: BitQuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = base.compute_weight_scale(weight, quant_config)
+        return scale, base.quantize_weight(weight, scale, quant_config).float()
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        qweight_scale: torch.Tensor,
+        qweight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> torch.Tensor:
+        return x @ (qweight * qweight_scale).T
+
+
+def test_registered_kernels_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    KernelRegistry.register(PlainKernel)
+    KernelRegistry.register(OwnFormKernel)
+    try:
+        found = bench(tmp_path, "--peers", "none", "--rows", "1")
+    finally:
+        KernelRegistry.unregister("PlainKernel")
+        KernelRegistry.unregister("OwnFormKernel")
+    registered = [(e["name"], e["layout"], e["dispatched"]) for e in found["measurements"] if e["registered"]]
+    assert registered == [
+        ("OwnFormKernel", "own", True),
+        ("PlainKernel", "2bit", False),
+        ("PlainKernel", "1.6bit", False),
+    ]
+    assert {check["layout"]: check["dispatched"] for check in found["dispatch"]} == {
+        "2bit": "OwnFormKernel",
+        "1.6bit": "OwnFormKernel",
+    }
+    assert "OwnFormKernel* (registered)" in capsys.readouterr().out
+
+
+def test_an_imported_module_registers_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kernels_of_mine.py").write_text(
+        "from bitcore.kernels import KernelRegistry\nfrom test_bench import PlainKernel\n"
+        "class Mine(PlainKernel):\n    pass\nKernelRegistry.register(Mine)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    try:
+        found = bench(tmp_path, "--import", "kernels_of_mine", "--kernels", "Mine", "--peers", "none")
+    finally:
+        KernelRegistry.unregister("Mine")
+        del sys.modules["kernels_of_mine"]
+    assert {entry["name"] for entry in found["measurements"]} == {"Mine"}
+
+
+@pytest.mark.parametrize("activations", ["int8", "float32"])
+@pytest.mark.parametrize("rotated_bytes", [0, 30_000])
+def test_kernels_compute_the_layer_from_every_copy(activations: str, rotated_bytes: int) -> None:
+    layer, x = make_layer(48, 96, rotated_bytes), make_x(3, 96)
+    expected = x.double() @ layer.weight().double().T
+    options = BenchOptions(kernels=("all", "ReferenceKernel", "TorchKernel"), activations=(activations,))
+    pools, reasons = contenders.layouts_of(layer, ("2bit", "1.6bit"))
+    assert not reasons
+    assert (len(pools["2bit"]) > 1) == (rotated_bytes > 0)
+    with torch.inference_mode():
+        prepared = contenders.prepare_kernels(layer, contenders.choose_kernels(options), pools)
+        assert {c.name for c in prepared} >= {"ReferenceKernel", "TorchKernel"}
+        for contender, held in prepared.items():
+            call = held.bind(x)
+            for _ in range(len(pools[contender.layout]) + 1):
+                error = (call().double() - expected).norm() / expected.norm()
+                assert error < (0.02 if activations == "int8" else 1e-6), contender
+
+
+def test_every_native_kernel_has_a_path() -> None:
+    for name in NATIVE_KERNELS:
+        assert name == "ReferenceKernel" or any(name.startswith(prefix) for prefix, _ in PATHS), name
+    paths = {entry["name"] for entry in json.loads(torch.ops.bitcore.list_limits())}
+    known = {path for family in FAMILIES.values() for path in family}
+    assert paths <= known
+    assert {path for _, path in PATHS} <= known
+    config = BitQuantConfig()
+    assert kernel_path(PlainKernel(), config) == best_path("int8")
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def test_peer_groups() -> None:
+    assert [peer.name for peer in selected(("torch",))] == ["torch float32", "torch bfloat16", "torch dynamic int8"]
+    assert selected(("none",)) == []
+    assert selected(("all",)) == list(PEERS)
+    assert {peer.group for peer in PEERS} == {"torch", "onednn", "transformers", "ggml"}
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("rotated_bytes", [0, 200_000])
+def test_a_peer_computes_the_layer_from_every_copy(peer: Peer, rotated_bytes: int) -> None:
+    reason = peer.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    layer, x = make_layer(64, 512, rotated_bytes), make_x(5, 512)
+    assert peer.refuses(64, 512) is None
+    expected = x.double() @ layer.weight().double().T
+    with torch.inference_mode(), torch_threads(2):
+        held = peer.prepare(layer)
+        call = held.bind(x)
+        for _ in range(layer.copies(held.weight_bytes) + 1):
+            y = call()
+            assert y.shape == (5, 64)
+            # 8 bits of activations, 7 with reduce_range: a step of 1/64 of the largest of normal values.
+            limit = 1e-6 if peer.name == "torch float32" else 0.025
+            assert (y.double() - expected).norm() / expected.norm() < limit
+
+
+class AbsentPeer:
+    name, group, family = "absent", "ggml", "int8"
+
+    def missing(self) -> str | None:
+        return "it is not installed"
+
+
+class ChoosyPeer(AbsentPeer):
+    name = "choosy"
+
+    def missing(self) -> str | None:
+        return None
+
+    def refuses(self, out_features: int, in_features: int) -> str | None:
+        return f"{out_features} x {in_features} is not to its taste"
+
+
+def test_missing_peers_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitlab.bench.peers.PEERS", (AbsentPeer(), ChoosyPeer()))
+    found = bench(tmp_path, "--peers", "ggml", "--kernels", "best")
+    assert found["skipped"] == [
+        {"name": "absent", "reason": "it is not installed"},
+        {"name": "choosy at 64 x 256", "reason": "64 x 256 is not to its taste"},
+    ]
+    assert not any(entry["is_peer"] for entry in found["measurements"])
+    output = capsys.readouterr().out
+    assert "skipped absent: it is not installed" in output
+    assert "skipped choosy at 64 x 256: 64 x 256 is not to its taste" in output
+
+
+def test_what_peers_refuse() -> None:
+    refusals = {peer.name: peer.refuses(6, 100) for peer in PEERS}
+    assert refusals["transformers BitLinear"] == "out_features 6 is no multiple of 4"
+    assert refusals["ggml TQ2_0"] == "in_features 100 is no multiple of 256"
+    assert refusals["torch float32"] is None
+
+
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_limits_are_finite(threads: int) -> None:
+    data = torch.ones(1 << 20, dtype=torch.uint8)
+    with torch_threads(threads):
+        for path in supported_paths():
+            assert all(0 < value < math.inf for value in peak_sampler(path)())
+        for streams in (1, 2, 4, 8):
+            assert 0 < torch.ops.bitcore.measure_read(data, streams, 2) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: torch.ops.bitcore.measure_multiply_adds("vfnord", 1), "name is 'vfnord', expected one"),
+        (lambda: torch.ops.bitcore.measure_multiply_adds("int16 baseline", 0), "rounds is 0, expected at least 1"),
+        (lambda: torch.ops.bitcore.measure_read(torch.ones(9), 1, 1), "bytes must be a contiguous uint8 tensor"),
+        (lambda: torch.ops.bitcore.measure_read(torch.ones(9, dtype=torch.uint8), 3, 1), "streams is 3"),
+        (lambda: torch.ops.bitcore.measure_read(torch.ones(9, dtype=torch.uint8), 1, 1), "bytes has 9 bytes"),
+        (lambda: torch.ops.bitcore.measure_read(torch.ones(9999, dtype=torch.uint8), 1, 0), "repeats is 0"),
+    ],
+)
+def test_limits_refuse(call: Any, message: str) -> None:
+    with torch_threads(1), pytest.raises(RuntimeError, match=f"QuantizationError: {message}"):
+        call()
+
+
+def test_bound_by_hand() -> None:
+    # 1,000 bytes at 10 GB/s take 0.1 us; 4,000 operations at 20 GOPS 0.2 us, at 80 GOPS 0.05 us.
+    assert astuple(bound(1000, 4000, 10, 20)) == (pytest.approx(0.2), "arithmetic")
+    assert astuple(bound(1000, 4000, 10, 80)) == (pytest.approx(0.1), "memory")
+
+
+# --- what follows -----------------------------------------------------------------------------------------------------
+
+CASE = Case(out_features=100, in_features=200, rows=3, threads=1)
+
+
+def contender(name: str, layout: str = "2bit", *, dispatched: bool = False, is_peer: bool = False) -> Contender:
+    return Contender(name, is_peer, layout, "" if is_peer else "int8", dispatched, False, "peak")
+
+
+def measured(name: str, us: float, layout: str = "2bit", *, dispatched: bool = False) -> Measurement:
+    spread = Spread(us, us, us, 1)
+    return Measurement(CASE, contender(name, layout, dispatched=dispatched), 5000, spread, None)
+
+
+def test_a_measurement_by_hand() -> None:
+    # Of limits the upper deciles count: 5,000 bytes at 5 GB/s take 1 us, 120,000 operations at 60 GOPS 2 us.
+    limits = {
+        "memory read": Limit(CASE, "memory read", Spread(4.0, 3.0, 5.0, 9)),
+        "peak": Limit(CASE, "peak", Spread(50.0, 40.0, 60.0, 9)),
+    }
+    found = results.measurement(CASE, contender("A"), 5000, [8.0, 4.0, 6.0], limits, "memory read")
+    assert found.time.median == 6
+    assert found.gb_per_s == pytest.approx(5000 / 6 / 1e3)
+    assert found.gops == pytest.approx(20.0)
+    assert found.bound is not None
+    assert astuple(found.bound) == (pytest.approx(2.0), "arithmetic")
+    assert found.percent_of_limit == pytest.approx(100 * 2 / 6)
+
+
+def test_ratios() -> None:
+    found = results.with_ratios([measured("A", 10), measured("torch float32", 40), measured("torch dynamic int8", 5)])
+    assert found[0].ratios == {"torch float32": 4.0, "torch dynamic int8": 0.5}
+
+
+def test_dispatch_checks() -> None:
+    found = [measured("A", 10.6, dispatched=True), measured("B", 10.0), measured("C", 90.0)]
+    found += [measured("A", 10.4, "1.6bit", dispatched=True), measured("B", 10.0, "1.6bit")]
+    first, second = results.dispatch_checks(found)
+    assert (first.layout, first.dispatched, first.best) == ("2bit", "A", "B")
+    assert first.percent_slower == pytest.approx(6.0)
+    assert not first.within_allowance
+    assert (second.layout, second.within_allowance) == ("1.6bit", True)
+    assert results.dispatch_checks(found[:1]) == []
+    assert results.dispatch_checks(found[1:3]) == []
+
+
+def test_what_counts_beside_published_figures() -> None:
+    assert results.reached("memory read", 1, 35.0) is True
+    assert results.reached("vpdpbusd zmm", 2, 1899.0) is False
+    assert results.reached("memory read", 16, 400.0) is None
+    assert results.reached("fma zmm", 1, 400.0) is None
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_machine(tmp_path: Path) -> None:
+    for index, size in enumerate(("48K", "2M", "512")):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "size").write_text(size + "\n")
+    assert machine.last_level_cache(tmp_path) == 2 * 2**20
+    shutil.rmtree(tmp_path)
+    assert machine.last_level_cache(tmp_path) == machine.ASSUMED_CACHE_BYTES
+
+
+def test_turns() -> None:
+    order: list[str] = []
+
+    def sampler(name: str) -> timing.Sampler:
+        def sample() -> list[float]:
+            order.append(name)
+            return [1.0, 2.0]
+
+        return sample
+
+    found = timing.take_turns({"a": sampler("a"), "b": sampler("b")}, repetitions=2, seconds=math.inf)
+    assert order == ["a", "b", "a", "b"]
+    assert found == {"a": [1.0, 2.0] * 2, "b": [1.0, 2.0] * 2}
+    order.clear()
+    timing.take_turns({"a": sampler("a")}, repetitions=None, seconds=0.0)
+    assert len(order) == timing.LEAST_ROUNDS
+
+
+def test_copies() -> None:
+    layer = make_layer(4, 16, rotated_bytes=1000)
+    assert layer.copies(100) * 100 > 1000
+    assert make_layer(4, 16, rotated_bytes=0).copies(100) == 1
+    assert torch.equal(layer.weight() / WEIGHT_SCALE, layer.codes.float())
+    assert set(layer.codes.unique().tolist()) == {-1, 0, 1}
