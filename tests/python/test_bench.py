@@ -266,15 +266,41 @@ def test_kernels_compute_the_layer_from_every_copy(activations: str, rotated_byt
     options = BenchOptions(kernels=("all", "ReferenceKernel", "TorchKernel"), activations=(activations,))
     pools, reasons = contenders.layouts_of(layer, ("2bit", "1.6bit"))
     assert not reasons
-    assert (len(pools["2bit"]) > 1) == (rotated_bytes > 0)
+    assert (len(pools["2bit"].copies) > 1) == (rotated_bytes > 0)
     with torch.inference_mode():
         prepared = contenders.prepare_kernels(layer, contenders.choose_kernels(options), pools)
         assert {c.name for c in prepared} >= {"ReferenceKernel", "TorchKernel"}
         for contender, held in prepared.items():
             call = held.bind(x)
-            for _ in range(len(pools[contender.layout]) + 1):
+            for _ in range(len(pools[contender.layout].copies) + 1):
                 error = (call().double() - expected).norm() / expected.norm()
                 assert error < (0.02 if activations == "int8" else 1e-6), contender
+
+
+def test_kernels_go_through_the_copies_together() -> None:
+    pool = contenders.pack_copies(make_layer(48, 96, rotated_bytes=5000), "2bit")
+    read: list[int] = []
+
+    class Reader(PlainKernel):
+        def __call__(
+            self,
+            x: torch.Tensor,
+            qweight_scale: torch.Tensor,
+            qweight: torch.Tensor,
+            bias: torch.Tensor | None = None,
+            quant_config: BitQuantConfig | None = None,
+        ) -> torch.Tensor:
+            read.append(qweight.data_ptr())
+            return x
+
+    prepared = contenders.prepare_kernels(make_layer(48, 96, 5000), {"int8": [Reader(), Reader()]}, {"2bit": pool})
+    assert len(prepared) == 1  # One name, one line of the tables.
+    (held,) = prepared.values()
+    first, second = held.bind(make_x(1, 96)), held.bind(make_x(2, 96))
+    for _ in range(len(pool.copies) // 2):
+        first()
+        second()
+    assert read == [copy.data_ptr() for copy in pool.copies[: len(read)]]
 
 
 def test_every_native_kernel_has_a_path() -> None:
@@ -467,9 +493,11 @@ def test_turns() -> None:
 
         return sample
 
-    found = timing.take_turns({"a": sampler("a"), "b": sampler("b")}, repetitions=2, seconds=math.inf)
-    assert order == ["a", "b", "a", "b"]
-    assert found == {"a": [1.0, 2.0] * 2, "b": [1.0, 2.0] * 2}
+    found = timing.take_turns({name: sampler(name) for name in "abc"}, repetitions=9, seconds=math.inf)
+    assert found == {name: [1.0, 2.0] * 9 for name in "abc"}
+    rounds = [tuple(order[start : start + 3]) for start in range(0, 27, 3)]
+    assert all(set(names) == set("abc") for names in rounds)
+    assert len(set(rounds)) > 1
     order.clear()
     timing.take_turns({"a": sampler("a")}, repetitions=None, seconds=0.0)
     assert len(order) == timing.LEAST_ROUNDS

@@ -3,7 +3,7 @@
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -114,20 +114,37 @@ def dispatched(config: BitQuantConfig) -> BitKernelBase:
     return find(KernelRegistry.get_kernel_for_config(config).name)
 
 
-def pack_copies(layer: Layer, layout: str) -> Tensor:
-    """uint8 (copies, out_features, row_bytes): the packed weight, as often as the layer asks for.
+@dataclass(frozen=True)
+class Pool:
+    """The packed weight of one layout, as often as the layer asks for.
+
+    All kernels go through the copies together: who comes next reads the one that nobody has read for longest. Each from
+    the beginning, they would find in the cache what the one before has just read.
+
+    Attributes:
+        copies: uint8 (copies, out_features, row_bytes).
+        turn: The index of the next copy.
+    """
+
+    copies: Tensor
+    turn: Iterator[int]
+
+
+def pack_copies(layer: Layer, layout: str) -> Pool:
+    """The pool of a layout.
 
     Raises:
         QuantizationError: the layout does not exist for this shape.
     """
     packed = pack_weights(layer.codes, layout)
-    return packed.expand(layer.copies(packed.nbytes), *packed.shape).contiguous()
+    copies = packed.expand(layer.copies(packed.nbytes), *packed.shape).contiguous()
+    return Pool(copies, cycle(range(len(copies))))
 
 
 def prepare_kernels(
-    layer: Layer, kernels: dict[str, list[BitKernelBase]], pools: dict[str, Tensor]
+    layer: Layer, kernels: dict[str, list[BitKernelBase]], pools: dict[str, Pool]
 ) -> dict[Contender, Prepared]:
-    """Every kernel with every layout that it reads. pools: of pack_copies, by layout."""
+    """Every kernel with every layout that it reads. pools: by layout."""
     prepared = {}
     for activations, fitting in kernels.items():
         config = config_of(activations)
@@ -153,9 +170,10 @@ def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig) -> Co
     )
 
 
-def _standard(kernel: BitKernelBase, pool: Tensor, config: BitQuantConfig) -> Prepared:
+def _standard(kernel: BitKernelBase, pool: Pool, config: BitQuantConfig) -> Prepared:
     scale = torch.tensor(WEIGHT_SCALE)
-    return Prepared(pool[0].nbytes, _binder(kernel, [(scale, qweight) for qweight in pool], config))
+    weights = [(scale, qweight) for qweight in pool.copies]
+    return Prepared(pool.copies[0].nbytes, _binder(kernel, weights, pool.turn, config))
 
 
 def _own(kernel: BitKernelBase, layer: Layer, config: BitQuantConfig) -> Prepared:
@@ -163,11 +181,11 @@ def _own(kernel: BitKernelBase, layer: Layer, config: BitQuantConfig) -> Prepare
     # survive, and the scale is smaller by the share of zeros. That changes no time.
     scale, qweight = kernel.prepare_weights(layer.weight(), config)
     copies = [(scale.clone(), qweight.clone()) for _ in range(layer.copies(max(1, qweight.nbytes)))]
-    return Prepared(qweight.nbytes, _binder(kernel, copies, config))
+    return Prepared(qweight.nbytes, _binder(kernel, copies, cycle(range(len(copies))), config))
 
 
 def _binder(
-    kernel: BitKernelBase, weights: list[tuple[Tensor, Tensor]], config: BitQuantConfig
+    kernel: BitKernelBase, weights: list[tuple[Tensor, Tensor]], turn: Iterator[int], config: BitQuantConfig
 ) -> Callable[[Tensor], Call]:
     """Built-in kernels are called as operators, with nothing of Python around; others as they are."""
     function: Callable[..., Tensor] = kernel
@@ -176,8 +194,8 @@ def _binder(
         function, rest = kernel.inference_op, (None, *config.flags, None, kernel.name)
 
     def bind(x: Tensor) -> Call:
-        turn = cycle([partial(function, x, scale, qweight, *rest) for scale, qweight in weights])
-        return lambda: next(turn)()
+        calls = [partial(function, x, scale, qweight, *rest) for scale, qweight in weights]
+        return lambda: calls[next(turn)]()
 
     return bind
 
@@ -201,7 +219,7 @@ def available(peers: list[Peer]) -> tuple[list[Peer], dict[str, str]]:
     return [peer for peer in peers if peer.name not in reasons], reasons
 
 
-def layouts_of(layer: Layer, layouts: tuple[str, ...]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def layouts_of(layer: Layer, layouts: tuple[str, ...]) -> tuple[dict[str, Pool], dict[str, str]]:
     """The copies of every layout that exists for this shape, and why the others do not."""
     pools, reasons = {}, {}
     for layout in layouts:

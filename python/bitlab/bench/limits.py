@@ -96,13 +96,18 @@ def _operations_of_a_round(path: str) -> int:
 
 
 def read_sampler(data: Tensor) -> Callable[[], list[float]]:
-    """Measures how fast all of torch's threads together read uint8 data, in GB/s: the best of some access patterns."""
+    """Measures how fast all of torch's threads together read uint8 data, in GB/s: the best of some access patterns.
+
+    Each pattern reads a copy of its own: it must not find in the cache what another pattern or a kernel has just read,
+    and must not leave a kernel's weights there.
+    """
     flat = data.flatten()
     least = STEP_BYTES * max(STREAMS) * torch.get_num_threads()
     flat = flat.repeat(1 + (least - 1) // flat.numel()) if flat.numel() < least else flat
+    copies = {count: flat.clone() for count in STREAMS}
     repeats = 1 + READ_BYTES // flat.numel()
 
     def sample() -> list[float]:
-        return [max(torch.ops.bitcore.measure_read(flat, count, repeats) for count in STREAMS) / 1e9]
+        return [max(torch.ops.bitcore.measure_read(copy, count, repeats) for count, copy in copies.items()) / 1e9]
 
     return sample

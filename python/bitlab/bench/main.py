@@ -95,7 +95,7 @@ def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: lis
             data = next(iter(pools.values())) if pools else contenders.pack_copies(layer, "2bit")
             for threads, rows in per_shape:
                 torch.set_num_threads(threads)
-                _measure_case(found, Case(out_features, in_features, rows, threads), prepared, data)
+                _measure_case(found, Case(out_features, in_features, rows, threads), prepared, data.copies)
                 progress.advance(task)
     found.seconds = time.perf_counter() - start
 

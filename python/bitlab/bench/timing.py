@@ -1,5 +1,9 @@
-"""Subjects take turns: one turn of each, then the next round. What disturbs the machine disturbs all of them."""
+"""Subjects take turns: one turn of each, then the next round. What disturbs the machine disturbs all of them.
 
+Every round has another order, so that nobody always comes after the same one.
+"""
+
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
@@ -53,7 +57,9 @@ def rounds(repetitions: int | None, seconds: float) -> Iterator[None]:
 def take_turns(samplers: Mapping[K, Sampler], repetitions: int | None, seconds: float) -> dict[K, list[float]]:
     """All samples of every subject."""
     samples: dict[K, list[float]] = {key: [] for key in samplers}
+    order, generator = list(samplers), random.Random(0)
     for _ in rounds(repetitions, seconds):
-        for key, sampler in samplers.items():
-            samples[key] += sampler()
+        generator.shuffle(order)
+        for key in order:
+            samples[key] += samplers[key]()
     return samples
