@@ -16,6 +16,7 @@ from bitlab.style import BLUE, GREY, INK, ORANGE, RED, STYLE
 matplotlib.use("Agg")
 
 MOST_PANELS = 3  # Thread counts shown, the first ones.
+ROOM_FOR_NAMES = 20  # Of the limits, to the right of all points; a factor on a logarithmic axis.
 KERNEL_COLORS = (ORANGE, RED, "#7a5195", "#2f9e6e", "#b8860b", "#00798c", "#d45087", "#665c54")
 PEER_COLORS = (GREY, BLUE, "#1d3557", "#4a7c8c", "#8a7f9c", INK, "#6b7280")
 LAYOUT_MARKERS = {"2bit": "o", "1.6bit": "D"}
@@ -103,7 +104,7 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
     bandwidth = overall[read]
     peaks = sorted((value, name) for name, value in overall.items() if name != read)
     intensities = [_intensity(m) for m in results.measurements]
-    first, last = min(intensities) / 1.6, max(intensities) * 1.6
+    first, last = min(intensities) / 1.6, max(intensities) * ROOM_FOR_NAMES
     ridge = max([value for value, _ in peaks], default=bandwidth * last) / bandwidth
     axes.plot([first, min(ridge, last)], [bandwidth * first, bandwidth * min(ridge, last)], color=INK, linewidth=1.6)
     axes.annotate(
