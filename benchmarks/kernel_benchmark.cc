@@ -2,13 +2,11 @@
 //
 //   build/benchmarks/bitcore_benchmark --benchmark_enable_random_interleaving=true --benchmark_repetitions=9
 //
-// Forward/<kernel>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward, quantization and
-// thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N K / time;
-// GB/s counts packed weights.
-// Limit/<dtype>/<ISA>/<instructions>/<threads>: GOPS of the multiply-adds that the kernels of that ISA are made of.
+// Forward/<kernel>/<layout>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward,
+// quantization and thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N
+// K / time; GB/s counts packed weights. Limit/<loop>/<threads>: src/limits.
 #include <benchmark/benchmark.h>
 
-#include <atomic>
 #include <cstdint>
 #include <random>
 #include <string>
@@ -19,7 +17,7 @@
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
 #include "kernels/int8_avxvnni_evex.h"
-#include "limits.h"
+#include "limits/limits.h"
 
 namespace bitcore::benchmarks {
 namespace {
@@ -28,6 +26,7 @@ constexpr std::int64_t kRotationBytes = std::int64_t{96} << 20;
 
 struct Case {
   std::string kernel;
+  Layout layout;
   std::int64_t tokens, out_features, in_features;
   int threads;
 };
@@ -57,7 +56,7 @@ void forward(benchmark::State& state, const Case& c) {
       .activation_granularity = Granularity::per_channel};
   const std::vector<float> weight = random_floats(c.out_features * c.in_features);
   const bitlinear::PreparedWeights prepared =
-      bitlinear::prepare_weights({weight.data(), c.out_features, c.in_features}, config);
+      bitlinear::prepare_weights({weight.data(), c.out_features, c.in_features}, config, c.layout);
   const std::size_t copies = static_cast<std::size_t>(kRotationBytes / prepared.shape.bytes() + 1);
   std::vector<std::vector<std::uint8_t>> matrices(copies, prepared.qweight);
   const std::vector<float> x = random_floats(c.tokens * c.in_features);
@@ -78,45 +77,35 @@ void forward(benchmark::State& state, const Case& c) {
 
 // On the default executor, so that threads start as they do for the kernels.
 void read_bandwidth(benchmark::State& state) {
-  const int threads = static_cast<int>(state.range(0));
+  LimitedExecutor executor(static_cast<int>(state.range(0)));
   const std::vector<std::uint8_t> bytes(static_cast<std::size_t>(kRotationBytes), 1);
-  const std::size_t part = bytes.size() / static_cast<std::size_t>(threads);
-  for (auto _ : state) {
-    default_executor().run(threads, [&](int task) {
-      benchmark::DoNotOptimize(read_all({bytes.data() + static_cast<std::size_t>(task) * part, part}));
-    });
-  }
+  for (auto _ : state) benchmark::DoNotOptimize(limits::bytes_per_second(bytes, executor, /*streams=*/1, 1));
   state.counters["GB/s"] =
       benchmark::Counter(static_cast<double>(kRotationBytes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-void arithmetic(benchmark::State& state, const ArithmeticLimit& limit) {
-  const int threads = static_cast<int>(state.range(0));
+void arithmetic(benchmark::State& state, const limits::MultiplyAdds& loop) {
   constexpr std::int64_t kRounds = 200'000;
-  std::int64_t multiply_adds = 0;
-  for (auto _ : state) {
-    std::atomic<std::int64_t> done{0};
-    default_executor().run(threads, [&](int) { done += limit.run(kRounds); });
-    multiply_adds = done;
-  }
-  state.counters["GOPS"] =
-      benchmark::Counter(2e-9 * static_cast<double>(multiply_adds), benchmark::Counter::kIsIterationInvariantRate);
+  LimitedExecutor executor(static_cast<int>(state.range(0)));
+  for (auto _ : state) benchmark::DoNotOptimize(limits::operations_per_second(loop, executor, kRounds));
+  const auto operations = static_cast<double>(state.range(0) * kRounds * loop.operations);
+  state.counters["GOPS"] = benchmark::Counter(1e-9 * operations, benchmark::Counter::kIsIterationInvariantRate);
 }
 
 void register_forward(const Case& c) {
-  const std::string name = "Forward/" + c.kernel + "/" + std::to_string(c.tokens) + "/" +
-                           std::to_string(c.out_features) + "/" + std::to_string(c.in_features) + "/" +
-                           std::to_string(c.threads);
+  const std::string name = "Forward/" + c.kernel + "/" + std::string(to_string(c.layout)) + "/" +
+                           std::to_string(c.tokens) + "/" + std::to_string(c.out_features) + "/" +
+                           std::to_string(c.in_features) + "/" + std::to_string(c.threads);
   benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& state) { forward(state, c); })->UseRealTime();
 }
 
 void register_all() {
   for (const int threads : {1, 2}) {
     benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Arg(threads)->UseRealTime();
-    for (const ArithmeticLimit& limit : arithmetic_limits()) {
-      if (!limit.supported) continue;
-      benchmark::RegisterBenchmark(("Limit/" + std::string(limit.name)).c_str(),
-                                   [&limit](benchmark::State& state) { arithmetic(state, limit); })
+    for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
+      if (!loop.supported) continue;
+      benchmark::RegisterBenchmark(("Limit/" + std::string(loop.name)).c_str(),
+                                   [&loop](benchmark::State& state) { arithmetic(state, loop); })
           ->Arg(threads)
           ->UseRealTime();
     }
@@ -126,10 +115,12 @@ void register_all() {
 #endif
   for (const auto& kernel : KernelRegistry::all_kernels()) {
     if (!kernel->is_supported() || kernel->name() == "ReferenceKernel") continue;
-    for (const int threads : {1, 2}) {
-      for (const std::int64_t tokens : {1, 4, 12, 32, 128, 512}) {
-        register_forward({std::string(kernel->name()), tokens, 2560, 2560, threads});
-        register_forward({std::string(kernel->name()), tokens, 6912, 2560, threads});
+    for (const Layout layout : kLayouts) {
+      for (const int threads : {1, 2}) {
+        for (const std::int64_t tokens : {1, 4, 12, 32, 128, 512}) {
+          register_forward({std::string(kernel->name()), layout, tokens, 2560, 2560, threads});
+          register_forward({std::string(kernel->name()), layout, tokens, 6912, 2560, threads});
+        }
       }
     }
   }

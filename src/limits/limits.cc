@@ -13,25 +13,30 @@
 namespace bitcore::limits {
 namespace {
 
-MultiplyAdds entry(std::string_view name, bool supported, const Loop& loop) {
-  return {name, supported, 2 * loop.multiply_adds, loop.run};
-}
-
 // Fastest first within a family.
 std::vector<MultiplyAdds> all_loops() {
-  return {
-#if defined(__x86_64__)
-    entry("vpdpbusd zmm", cpu_has_avx512_vnni(), kDpbusdZmm), entry("vpdpbusd ymm", cpu_has_avx512_vnni(), kDpbusdYmm),
-        entry("vpmaddubsw ymm", cpu_has_avx2(), kMaddubsYmm),
-#elif defined(__aarch64__)
-    entry("sdot", cpu_has_neon_dot(), kSdot),
-#endif
-        entry("int16 baseline", true, kInt16Baseline),
-#if defined(__x86_64__)
-        entry("fma zmm", cpu_has_avx512(), kFmaZmm), entry("fma ymm", cpu_has_avx2(), kFmaYmm),
-#endif
-        entry("float32 baseline", true, kFloat32Baseline),
+  std::vector<MultiplyAdds> loops;
+  const auto add = [&](const char* name, bool supported, const Loop& loop) {
+    loops.push_back({name, supported, 2 * loop.multiply_adds, loop.run});
   };
+#if defined(__x86_64__)
+  add("vpdpbusd zmm", cpu_has_avx512_vnni(), kDpbusdZmm);
+  add("vpdpbusd ymm", cpu_has_avx512_vnni() || cpu_has_avx_vnni(),
+      cpu_has_avx512_vnni() ? kDpbusdYmm : kAvxVnniDpbusdYmm);
+  add("vpmaddubsw ymm", cpu_has_avx2(), kMaddubsYmm);
+#elif defined(__aarch64__)
+  add("sdot", cpu_has_neon_dot(), kSdot);
+  add("smlal", true, kSmlal);
+#endif
+  add("int16 baseline", true, kInt16Baseline);
+#if defined(__x86_64__)
+  add("fma zmm", cpu_has_avx512(), kFmaZmm);
+  add("fma ymm", cpu_has_avx2(), kFmaYmm);
+#elif defined(__aarch64__)
+  add("fmla", true, kFmlaNeon);
+#endif
+  add("float32 baseline", true, kFloat32Baseline);
+  return loops;
 }
 
 double seconds(const std::function<void()>& work) {

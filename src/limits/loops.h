@@ -20,8 +20,12 @@ extern const Loop kFmaYmm;      // AVX2 and FMA
 extern const Loop kFmaZmm;      // AVX-512 F
 extern const Loop kDpbusdYmm;   // AVX-512 VNNI and VL
 extern const Loop kDpbusdZmm;   // AVX-512 VNNI
+
+extern const Loop kAvxVnniDpbusdYmm;  // AVX-VNNI
 #elif defined(__aarch64__)
-extern const Loop kSdot;  // NEON dot product
+extern const Loop kSdot;      // NEON dot product
+extern const Loop kSmlal;     // NEON
+extern const Loop kFmlaNeon;  // NEON
 #endif
 
 }  // namespace bitcore::limits

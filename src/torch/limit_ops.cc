@@ -2,7 +2,7 @@
 #include <string>
 
 #include "bitcore/exceptions.h"
-#include "executor.h"
+#include "bitcore/torch_executor.h"
 #include "limits/limits.h"
 #include "ops.h"
 

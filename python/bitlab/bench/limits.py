@@ -24,15 +24,17 @@ PATHS = (
     ("Int8AvxVnni", "vpdpbusd ymm"),
     ("Int8Avx2", "vpmaddubsw ymm"),
     ("Int8NeonDot", "sdot"),
+    ("Int8Neon", "smlal"),
     ("Int8Portable", "int16 baseline"),
     ("Float32Avx512", "fma zmm"),
     ("Float32Avx2", "fma ymm"),
+    ("Float32Neon", "fmla"),
     ("Float32Portable", "float32 baseline"),
 )
 # Best first: what bounds a contender whose path is not known.
 FAMILIES = {
-    "int8": ("vpdpbusd zmm", "vpdpbusd ymm", "vpmaddubsw ymm", "sdot", "int16 baseline"),
-    "float32": ("fma zmm", "fma ymm", "float32 baseline"),
+    "int8": ("vpdpbusd zmm", "vpdpbusd ymm", "vpmaddubsw ymm", "sdot", "smlal", "int16 baseline"),
+    "float32": ("fma zmm", "fma ymm", "fmla", "float32 baseline"),
 }
 
 # Figures of other projects were published for one machine. A run counts beside them where it reaches these limits:
