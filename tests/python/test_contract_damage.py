@@ -28,9 +28,7 @@ def ternary_codes(qweight: torch.Tensor, x_of_ones: torch.Tensor) -> torch.Tenso
     return None if y is None else (y / 0.5).round().T
 
 
-@pytest.mark.parametrize(
-    ("layout", "n", "k"), [("2bit", 2, 3), ("2bit", 5, 19), ("1.6bit", 5, 19), ("1.6bit", 2, 40)]
-)
+@pytest.mark.parametrize(("layout", "n", "k"), [("2bit", 2, 3), ("2bit", 5, 19), ("1.6bit", 5, 19), ("1.6bit", 2, 40)])
 def test_every_changed_byte(layout: str, n: int, k: int) -> None:
     rng = np.random.default_rng([92, n, k])
     codes = torch.from_numpy(rng.integers(-1, 2, (n, k)).astype(np.int8))

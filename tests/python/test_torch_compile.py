@@ -58,12 +58,16 @@ def assert_same_step(compiled: Callable[[Tensor], Tensor], model: nn.Module, x: 
     y, gradients = step(compiled, model, x)
     assert_same_bits(y, expected_y)
     for name, gradient in gradients.items():
-        if "bias" not in name:
+        if "bias" in name:  # inductor sums in an order of its own
+            tolerance = 2e-6
+        elif y.dtype == torch.bfloat16:  # and leaves out the rounding of a product to bfloat16 that it widens again
+            tolerance = 2 * torch.finfo(torch.bfloat16).eps
+        else:
             assert_same_bits(gradient, expected[name], name)
             continue
         assert gradient.dtype == expected[name].dtype
         difference = (gradient.double() - expected[name].double()).abs().max()
-        assert difference <= 2e-6 * expected[name].double().abs().max(), name
+        assert difference <= tolerance * expected[name].double().abs().max(), name
 
 
 @all_configs

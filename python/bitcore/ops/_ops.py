@@ -313,9 +313,8 @@ def _fake_bitlinear_train(
 # ---- autograd: the straight-through estimator ------------------------------------------------------------------------
 #
 # dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: torch's own matmuls with the integer codes, which every
-# floating dtype holds exactly, the scales folded into dY, or into the product where there is one scale only. In
-# float32, but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast; rounded to the dtype of
-# the argument.
+# floating dtype holds exactly, the scales folded into dY. In float32, but in bfloat16 (with float32 sums) where dY is
+# bfloat16, which it is under autocast; rounded to the dtype of the argument.
 
 
 def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -413,10 +412,8 @@ def _matmul_dtype(dy: Tensor) -> torch.dtype:
 
 
 def _scaled_matmul(left: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """float32 (left * scale) @ codes, computed in the dtype of the codes. scale: (), or one for each column of left."""
-    if scale.ndim == 0:
-        return (left.to(codes.dtype) @ codes) * scale
-    return ((left * scale).to(codes.dtype) @ codes).float()
+    """(left * scale) @ codes in the dtype of the codes. scale: (), or one for each column of left."""
+    return (left.float() * scale).to(codes.dtype) @ codes
 
 
 def _dbias(ctx: Any, dy: Tensor) -> Tensor:
