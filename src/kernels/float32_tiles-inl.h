@@ -7,6 +7,7 @@
 // In an unnamed namespace for the reason given in float_types-inl.h.
 #pragma once
 
+#include "kernels/base3_recode-inl.h"
 #include "kernels/tile_functions.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
@@ -130,6 +131,7 @@ struct Float32Tiles {
         .gemm = gemm<Tokens>,
         .direct = nullptr,
         .store = store_sums<float>,
+        .base3_recode = recode_base3,
     };
   }
 };

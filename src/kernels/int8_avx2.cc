@@ -4,6 +4,7 @@
 //
 // Bound: a pair adds at most 2 * 2 * 128 = 512 in magnitude, on the negative side only, 508 on the positive one: 64
 // pairs reach -32,768 and 32,512 and fit int16. After kFoldGroups groups the pairs are added to int32.
+#include "kernels/base3_recode-inl.h"
 #include "kernels/builtin.h"
 #include "kernels/int8_avx2-inl.h"
 #include "quantize-inl.h"
@@ -137,6 +138,7 @@ constinit const TileFunctions kInt8Avx2Tiles = {
     .gemm = gemm,
     .direct = direct,
     .store = store_sums<std::int32_t>,
+    .base3_recode = recode_base3,
 };
 
 }  // namespace bitcore

@@ -6,6 +6,7 @@
 // The same instruction exists in two encodings: VEX (AVX-VNNI), which the library uses, and EVEX (AVX-512 VNNI and VL).
 // int8_avxvnni_evex.cc compiles this file a second time, for the EVEX one: tests and benchmarks run it on CPUs with
 // AVX-512 VNNI that lack AVX-VNNI.
+#include "kernels/base3_recode-inl.h"
 #include "kernels/builtin.h"
 #include "kernels/int8_avx2-inl.h"
 #include "quantize-inl.h"
@@ -146,6 +147,7 @@ constinit const TileFunctions BITCORE_TILES = {
     .gemm = gemm,
     .direct = direct,
     .store = store_sums<std::int32_t>,
+    .base3_recode = recode_base3,
 };
 
 }  // namespace bitcore
