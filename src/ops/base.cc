@@ -102,6 +102,17 @@ void check_dequantize(ConstMatrixView codes, MatrixView out, const char* argumen
 
 }  // namespace
 
+void convert(ConstMatrixView from, MatrixView to) {
+  check_floating(from.dtype, "from");
+  check_floating(to.dtype, "to");
+  check_shape(to.rows, to.cols, from.rows, from.cols, "to");
+  std::vector<float> row(static_cast<std::size_t>(from.cols));
+  for (std::int64_t r = 0; r < from.rows; ++r) {
+    widen(from.row(r), from.dtype, from.cols, row.data());
+    narrow(row.data(), from.cols, to.dtype, to.row(r));
+  }
+}
+
 std::int64_t weight_scale_size(std::int64_t out_features, const BitQuantConfig& config) {
   return config.weight_granularity == Granularity::per_tensor ? 1 : out_features;
 }

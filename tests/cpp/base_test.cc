@@ -211,5 +211,30 @@ TEST(FloatTypes, BFloat16RoundsToNearestEven) {
   EXPECT_TRUE(std::isnan(bfloat16_to_float(float_to_bfloat16(std::bit_cast<float>(0x7f800001u)))));
 }
 
+TEST(FloatTypes, ConvertCopiesRowsOfAnyDtype) {
+  const Floats values = {1.0f, -2.5f, 1.00390625f, 70000.0f, std::numeric_limits<float>::quiet_NaN(), 0.0f};
+  std::vector<std::uint16_t> narrow_rows(2 * 4, 0xabcd);  // rows of 3, 4 apart
+  Floats back(6);
+  for (const DType dtype : {DType::bfloat16, DType::float16}) {
+    convert({values.data(), 2, 3}, {narrow_rows.data(), dtype, 2, 3, 4});
+    convert({narrow_rows.data(), dtype, 2, 3, 4}, {back.data(), 2, 3});
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const bool is_bfloat16 = dtype == DType::bfloat16;
+      const std::uint16_t bits = is_bfloat16 ? float_to_bfloat16(values[i]) : float_to_float16(values[i]);
+      const float expected = is_bfloat16 ? bfloat16_to_float(bits) : float16_to_float(bits);
+      EXPECT_EQ(narrow_rows[i / 3 * 4 + i % 3], bits);
+      EXPECT_EQ(testing::bits_of({back[i]}), testing::bits_of({expected}));
+    }
+    EXPECT_EQ(narrow_rows[3], 0xabcd) << "wrote between rows";
+  }
+  testing::expect_error<QuantizationError>(
+      [&] {
+        convert({values.data(), 2, 3}, {back.data(), 3, 2});
+      },
+      {"to has shape (3, 2), expected (2, 3)"});
+  const std::int8_t code = 0;
+  testing::expect_error<QuantizationError>([&] { convert({&code, 1, 1}, {back.data(), 1, 1}); }, {"from", "int8"});
+}
+
 }  // namespace
 }  // namespace bitcore

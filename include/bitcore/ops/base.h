@@ -60,4 +60,8 @@ void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantC
 /// @param qx int8 (rows, in_features).
 void dequantize_x(ConstMatrixView qx, std::span<const float> scale, const BitQuantConfig& config, MatrixView x);
 
+/// Copies a floating matrix to another floating dtype: widened exactly, or rounded once to nearest, ties to even. What
+/// a kernel of your own reads a bias and writes its y with.
+void convert(ConstMatrixView from, MatrixView to);
+
 }  // namespace bitcore
