@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import pytest
 
+from test_guide_kernel import GUIDE as CPP_KERNEL_GUIDE
+from test_guide_kernel import new_files
+
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / "build" / "src" / "libbitcore.a"
 # docs/core-api.md is checked in test_contract_document.py: its snippets need names that the text describes.
@@ -55,9 +58,11 @@ def test_python_snippet(snippet: Snippet, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("snippet", snippets("cpp"), ids=str)
 def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
-    if '#include "bitcore/torch.h"' in snippet.code:
-        assert is_example(snippet), "ctest builds and runs what needs LibTorch: this is no example of its"
+    if is_example(snippet) or is_kernel_of_guide(snippet):
         return
+    assert '#include "bitcore/torch.h"' not in snippet.code, (
+        "ctest builds what needs LibTorch: this is no example of its"
+    )
     if not ENGINE.exists():
         pytest.skip(f"the engine is not built: {ENGINE}")
     source, program = tmp_path / "snippet.cc", tmp_path / "snippet"
@@ -70,8 +75,14 @@ def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
 def is_example(snippet: Snippet) -> bool:
     """Whether it is, to the letter, a file of a project that ctest builds from the installed package and runs."""
     projects = [path.parent for path in (ROOT / "examples").glob("*/CMakeLists.txt")]
-    built = [p for p in projects if f"/examples/{p.name} " in (ROOT / "tests/cpp/CMakeLists.txt").read_text()]
+    listed = re.findall(r"add_example\(\S+ (\S+) ", (ROOT / "tests/cpp/CMakeLists.txt").read_text())
+    built = [project for project in projects if project.name in listed]
     return snippet.code in {file.read_text() for project in built for file in project.iterdir()}
+
+
+def is_kernel_of_guide(snippet: Snippet) -> bool:
+    """Whether test_guide_kernel.py builds it, in a copy of the tree."""
+    return any(snippet.code == text for text in new_files(CPP_KERNEL_GUIDE.read_text()).values())
 
 
 @pytest.mark.parametrize("snippet", snippets("cmake"), ids=str)
@@ -116,7 +127,8 @@ def test_the_reader_in_the_format_page_reads_our_bytes() -> None:
 
 
 def links(page: Path) -> list[str]:
-    return [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
