@@ -248,9 +248,18 @@ def float32_forward_bounds(
 # --- the packed weight ----------------------------------------------------------------------------------------------
 
 
-def packed_columns(n: int, k: int) -> tuple[int, int]:
+LAYOUTS = {"2bit": (1, 4, 4), "1.6bit": (2, 3, 5)}
+"""Number in the trailer, base of a byte's digits, and how many of them."""
+
+
+def packed_columns(n: int, k: int, layout: str = "2bit") -> tuple[int, int]:
     """(R, T): payload and trailer bytes for each output row."""
-    return 4 * ceil_div(k, STEP), ceil_div(64, n)
+    return 4 * ceil_div(k, 4 * LAYOUTS[layout][2]), ceil_div(64, n)
+
+
+def layouts_of(k: int) -> list[str]:
+    """2bit always; 1.6bit where it is smaller."""
+    return [name for name in LAYOUTS if name == "2bit" or packed_columns(1, k, name)[0] < packed_columns(1, k)[0]]
 
 
 def checksum(payload: bytes) -> int:
@@ -262,38 +271,41 @@ def checksum(payload: bytes) -> int:
     return total
 
 
-def pack_payload(codes: Codes) -> bytes:
-    """Tiles of 16 rows; a step of 16 k is one 32-bit word a row; field f of byte j holds k = 16 s + 4 f + j."""
+def pack_payload(codes: Codes, layout: str = "2bit") -> bytes:
+    """Tiles of 16 rows; a step of 16 (20) k is one 32-bit word a row; digit f of byte j holds k = step + 4 f + j."""
     n, k = codes.shape
-    steps = ceil_div(k, STEP)
-    fields = [[int(code) + 1 for code in row] + [1] * (steps * STEP - k) for row in codes]
+    _, base, digits = LAYOUTS[layout]
+    width = 4 * digits
+    steps = ceil_div(k, width)
+    fields = [[int(code) + 1 for code in row] + [1] * (steps * width - k) for row in codes]
     payload = bytearray()
     for first in range(0, n, TILE_ROWS):
         for step in range(steps):
             for row in fields[first : first + TILE_ROWS]:
                 for j in range(4):
-                    payload.append(sum(row[STEP * step + 4 * f + j] << (2 * f) for f in range(4)))
+                    payload.append(sum(row[width * step + 4 * f + j] * base**f for f in range(digits)))
     return bytes(payload)
 
 
-def trailer(n: int, k: int, payload: bytes) -> bytes:
+def trailer(n: int, k: int, payload: bytes, layout: str = "2bit") -> bytes:
     """Magic, version, layout, sizes, checksum; zeros up to N * T bytes."""
     fields = (
         MAGIC
         + (1).to_bytes(4, "little")
-        + (1).to_bytes(4, "little")
+        + LAYOUTS[layout][0].to_bytes(4, "little")
         + n.to_bytes(8, "little")
         + k.to_bytes(8, "little")
         + checksum(payload).to_bytes(8, "little")
     )
-    return fields.ljust(n * packed_columns(n, k)[1], b"\0")
+    return fields.ljust(n * packed_columns(n, k, layout)[1], b"\0")
 
 
-def pack(codes: Codes) -> Bytes:
+def pack(codes: Codes, layout: str = "2bit") -> Bytes:
     """uint8 (N, R + T)."""
     n, k = codes.shape
-    payload = pack_payload(codes)
-    return np.frombuffer(payload + trailer(n, k, payload), np.uint8).reshape(n, sum(packed_columns(n, k))).copy()
+    payload = pack_payload(codes, layout)
+    flat = np.frombuffer(payload + trailer(n, k, payload, layout), np.uint8)
+    return flat.reshape(n, sum(packed_columns(n, k, layout))).copy()
 
 
 def unpack_fields(packed: Bytes, k: int) -> npt.NDArray[np.uint8]:
