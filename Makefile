@@ -30,7 +30,7 @@ demo: setup
 # Both suites run, also where the first one fails.
 test: setup
 	@status=0; \
-	ctest --test-dir $(BUILD) --output-on-failure || status=1; \
+	ctest --test-dir $(BUILD) --parallel $$(nproc) --output-on-failure || status=1; \
 	$(BIN)/python -m pytest || status=1; \
 	exit $$status
 
