@@ -173,6 +173,18 @@ def list_ctest(build: Path) -> list[str]:
     return [test["name"] for test in json.loads(done.stdout)["tests"]]
 
 
+def read_ctest(entry: ElementTree.Element) -> tuple[str, str]:
+    """(outcome, reason) of an entry of a JUnit report."""
+    if entry.get("status") == "run":
+        return "passed", ""
+    skipped = entry.find("skipped")
+    # An entry whose preparation failed is "skipped", too, but not by a rule of its own.
+    if skipped is None or not (skipped.get("message") or "").startswith("SKIP_"):
+        return "failed", ""
+    said = re.search(r"skipped: *(.+)", entry.findtext("system-out") or "")
+    return "skipped", said[1] if said else "it says no reason"
+
+
 def run_ctest(build: Path, name: str) -> Case:
     """One entry, with what it needs. Kernels: of all GoogleTest programs that it starts."""
     with tempfile.TemporaryDirectory() as folder:
@@ -181,15 +193,11 @@ def run_ctest(build: Path, name: str) -> Case:
         environment = os.environ | {"GTEST_OUTPUT": f"xml:{folder}/gtest/"}
         subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=SECONDS)
         (entry,) = [test for test in ElementTree.parse(report).iter("testcase") if test.get("name") == name]
-        output = entry.findtext("system-out") or ""
-        found = re.search(r"skipped: *(.+)", output)
-        kernels = {
-            kernel for path in Path(folder).glob("gtest/*.xml") for c in read_gtest(path) for kernel in c.kernels
-        }
-        outcomes = {"run": "passed", "notrun": "skipped", "disabled": "skipped"}
-        outcome = outcomes.get(entry.get("status") or "", "failed")
+        outcome, reason = read_ctest(entry)
+        paths = Path(folder).glob("gtest/*.xml")
+        kernels = frozenset(kernel for path in paths for case in read_gtest(path) for kernel in case.kernels)
         print(f"{name}: {outcome}", flush=True)
-        return Case(name, outcome, found[1] if found and outcome == "skipped" else "", frozenset(kernels))
+        return Case(name, outcome, reason, kernels)
 
 
 def run_all(build: Path, promises: Iterable[Promise]) -> dict[tuple[str, str], list[Case]]:

@@ -6,10 +6,12 @@ import ast
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from promises import PAGE, Promise, anchor, list_ctest, load_promises, matches
+from promises import PAGE, Case, Promise, anchor, list_ctest, load_promises, matches, read_ctest, read_gtest
 from support import ROOT
 
 PROMISES = load_promises()
@@ -67,6 +69,40 @@ def test_a_test_that_does_not_exist_is_noticed() -> None:
     assert not matches("pytest", "test_a.py::test_b", "test_a.py::test_bc")
     assert matches("gtest", "*Shapes.*", "Sweep/Shapes.Match/1")
     assert not matches("ctest", "Emulated.*", "Install")
+
+
+@pytest.mark.parametrize(
+    ("entry", "outcome"),
+    [
+        ('<testcase status="run"/>', ("passed", "")),
+        ('<testcase status="fail"><failure message=""/></testcase>', ("failed", "")),
+        ('<testcase status="notrun"><skipped message="Fixture dependency failed"/></testcase>', ("failed", "")),
+        (
+            '<testcase status="notrun"><skipped message="SKIP_REGULAR_EXPRESSION_MATCHED"/>'
+            "<system-out>skipped: there is no clang++</system-out></testcase>",
+            ("skipped", "there is no clang++"),
+        ),
+    ],
+)
+def test_outcomes_of_ctest(entry: str, outcome: tuple[str, str]) -> None:
+    assert read_ctest(ElementTree.fromstring(entry)) == outcome
+
+
+def test_outcomes_and_kernels_of_googletest(tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text("""<testsuites><testsuite>
+      <testcase name="Adds" classname="Kernel" status="run">
+        <properties><property name="kernels" value="AKernel BKernel"/></properties>
+      </testcase>
+      <testcase name="Fails" classname="Kernel" status="run"><failure message="no"/></testcase>
+      <testcase name="Lacks" classname="Kernel" status="run"><skipped message="a.cc:1&#x0A;no AVX"/></testcase>
+      <testcase name="Filtered" classname="Kernel" status="notrun"/>
+    </testsuite></testsuites>""")
+    assert read_gtest(report) == [
+        Case("Kernel.Adds", "passed", "", frozenset({"AKernel", "BKernel"})),
+        Case("Kernel.Fails", "failed"),
+        Case("Kernel.Lacks", "skipped", "no AVX"),
+    ]
 
 
 def test_every_promise_has_a_test_and_a_title_of_its_own() -> None:
