@@ -22,9 +22,9 @@ struct LinearArgs {
   std::span<const float> qweight_scale;  ///< 1 or out_features floats.
   ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
   ConstVectorView bias;     ///< Floating, or none.
-  BitQuantConfig config;                ///< Which the kernel is compatible with.
-  MatrixView y;                         ///< Floating (M, out_features).
-  Executor* executor;                   ///< Never null.
+  BitQuantConfig config;    ///< Which the kernel is compatible with.
+  MatrixView y;             ///< Floating (M, out_features).
+  Executor* executor;       ///< Never null.
   std::span<std::byte> workspace = {};  ///< At least workspace_size() bytes, of any alignment; or empty.
 };
 
