@@ -40,6 +40,7 @@ from support import (
 )
 
 BUILT_IN = {
+    "Int8Avx512VbmiKernel",
     "Int8Avx512VnniKernel",
     "Int8AvxVnniKernel",
     "Int8Avx2Kernel",
