@@ -186,7 +186,7 @@ class Run {
     if (threads == 1) {
       task(0);
     } else {
-      args_.executor->run(threads, [&task](int index) { task(index); });  // one reference: std::function allocates not
+      args_.executor->run(threads, [&task](int index) { task(index); });  // one reference fits std::function
     }
   }
 
@@ -265,8 +265,7 @@ class Run {
               .dtype = args_.y.dtype});
   }
 
-  // ---- few tokens: every tile of packed weights is read once and multiplied with all of them
-  // -------------------------
+  // ---- few tokens: every tile of packed weights is read once and multiplied with all of them ----
 
   void run_direct() {
     const Thread caller = thread_buffers(0);
@@ -310,8 +309,7 @@ class Run {
     return invalid;
   }
 
-  // ---- many tokens: blocks of them are packed, then multiplied panel by panel
-  // ----------------------------------------
+  // ---- many tokens: blocks of them are packed, then multiplied panel by panel ----
 
   // Tiles of tokens are of equal size, up to one: no small last one that computes slowly.
   std::int64_t token_tiles(std::int64_t count) const { return ceil_div(count, f_.token_tile); }
