@@ -5,7 +5,9 @@
 // 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver starts every sum at
 // minus the sum of the token's activations, which takes the 1 off again.
 //
-// Panel: [k / 4][32 rows] words of four codes; tokens: [k / 4][token] words of four activations.
+// Packed weights are multiplied as they are, a tile of 16 rows with up to 24 tokens at a time, whatever their number:
+// masks and shifts run on the pipes that vpdpbusd leaves free, so that unpacking first would only cost memory accesses.
+// Tokens: [k / 4][token] words of four activations.
 //
 // In an unnamed namespace for the reason given in float_types-inl.h.
 #pragma once
@@ -24,15 +26,9 @@
 namespace bitcore {
 namespace {
 
-constexpr std::int64_t kRows = 2 * kTileRows;
-// 12 tokens x 2 registers of sums, 2 of weights and some for broadcasts fill the 32 registers.
-constexpr int kTokens = 12;
-// 32 rows x 640 bytes = 20 KiB of weights and 12 x 640 = 7.5 KiB of activations share an L1 cache of 32 KiB.
-constexpr std::int64_t kBlock = 640;
-constexpr int kDirectTokens = 12;
-// Where that many registers suffice every group of a token has sums of its own, which saves shifting the weights.
-constexpr int kMostSumsApart = 16;
-// Steps after which these sums are folded. Of those at 2 bits the largest, worth 64 times its value, reaches
+// Registers of sums; the others hold weights, masks and broadcasts.
+constexpr int kTokens = 24;
+// Steps after which sums of scaled codes are folded. Of those at 2 bits the largest, worth 64 times its value, reaches
 // 64 * 2 * 128 * 4 * steps, below 2^31 up to 32,767 steps; at 1.6 bits, worth 81 times its value, up to 25,890.
 constexpr std::int64_t kFoldSteps = 16384;
 // How far ahead of the weights being multiplied the next ones are fetched: beyond the page, where the hardware's own
@@ -151,202 +147,120 @@ struct Base3 {
 };
 #endif
 
-// ---- many tokens ---------------------------------------------------------------------------------------------------
+// ---- one tile of packed weights times the activations of some tokens -----------------------------------------------
 
-template <class Layout, int... Group>
-void store_groups(const typename Layout::Words& words, std::uint8_t* panel, std::integer_sequence<int, Group...>) {
-  (_mm512_store_si512(panel + Group * kRows * 4, Layout::template codes<Group>(words)), ...);
-}
-
+// Fewer tokens than groups are too few sums to wait for: each group then has sums of its own, of codes that need no
+// shift.
 template <class Layout>
-std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
-                           std::int64_t step_begin, std::int64_t step_end, void* panel) {
-  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
-  auto* out = static_cast<std::uint8_t*>(panel);
-  const std::int64_t first_rows = rows < kTileRows ? rows : kTileRows;
-  // A missing second tile is read as the first one again: its sums are never stored.
-  const bool two = rows > kTileRows;
-  const std::uint8_t* second = two ? tiles + kTileRows * payload_row_bytes : tiles;
-  const std::int64_t second_rows = two ? rows - kTileRows : first_rows;
-  const __mmask16 first_mask = row_mask(first_rows);
-  const __mmask16 second_mask = row_mask(second_rows);
-  __m512i invalid = _mm512_setzero_si512();
-  for (std::int64_t step = step_begin; step < step_end; ++step, out += Layout::kGroups * kRows * 4) {
-    const typename Layout::Words a = Layout::load(tiles + step * first_rows * 4, first_mask);
-    const typename Layout::Words b = Layout::load(second + step * second_rows * 4, second_mask);
-    invalid = Layout::collect(Layout::collect(invalid, a), b);
-    store_groups<Layout>(a, out, kEach);
-    store_groups<Layout>(b, out + kTileRows * 4, kEach);
-  }
-  return Layout::any(invalid);
+constexpr bool sums_apart(int tokens) {
+  return tokens < Layout::kGroups;
 }
 
-template <int Tokens>
-void gemm_tokens(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t k_count, std::int32_t* sums) {
-  __m512i acc[Tokens][2];
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) {
-    acc[m][0] = _mm512_load_si512(sums + m * kRows);
-    acc[m][1] = _mm512_load_si512(sums + m * kRows + kTileRows);
+// Sums of a token. Indices are template arguments throughout: an array that a loop indexes, GCC 12 keeps in memory.
+template <class Layout, int Tokens>
+using Sums = __m512i[Tokens][sums_apart<Layout>(Tokens) ? Layout::kGroups : 1];
+
+// acc += the codes of a group of k times the activations of every token.
+template <class Layout, int Group, int... Token>
+[[gnu::always_inline]] inline void multiply_group(Sums<Layout, sizeof...(Token)>& acc,
+                                                  const typename Layout::Words& words, const std::uint8_t* x,
+                                                  std::integer_sequence<int, Token...>) {
+  constexpr int kCount = sizeof...(Token);
+  constexpr bool kApart = sums_apart<Layout>(kCount);
+  __m512i codes;
+  if constexpr (kApart) {
+    codes = Layout::template scaled_codes<Group>(words);
+  } else {
+    codes = Layout::template codes<Group>(words);
   }
-  for (std::int64_t k = 0; k < k_count; k += 4, weights += kRows * 4, x += Tokens * 4) {
-    const __m512i first = _mm512_load_si512(weights);
-    const __m512i second = _mm512_load_si512(weights + kTileRows * 4);
-#pragma GCC unroll 12
-    for (int m = 0; m < Tokens; ++m) {
-      const __m512i activations = broadcast_word(x + 4 * m);
-      multiply_add(acc[m][0], first, activations);
-      multiply_add(acc[m][1], second, activations);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) {
-    _mm512_store_si512(sums + m * kRows, acc[m][0]);
-    _mm512_store_si512(sums + m * kRows + kTileRows, acc[m][1]);
-  }
+  (multiply_add(acc[Token][kApart ? Group : 0], codes, broadcast_word(x + 4 * (Group * kCount + Token))), ...);
 }
 
-// Calls gemm_tokens<tokens>.
-template <int Tokens = kTokens>
-void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return gemm<Tokens - 1>(panel, packed_tokens, tokens, k_count, sums);
-  }
-  gemm_tokens<Tokens>(static_cast<const std::uint8_t*>(panel), static_cast<const std::uint8_t*>(packed_tokens), k_count,
-                      static_cast<std::int32_t*>(sums));
+template <class Layout, int... Group, int... Token>
+[[gnu::always_inline]] inline void multiply_step(Sums<Layout, sizeof...(Token)>& acc,
+                                                 const typename Layout::Words& words, const std::uint8_t* x,
+                                                 std::integer_sequence<int, Group...>,
+                                                 std::integer_sequence<int, Token...> tokens) {
+  (multiply_group<Layout, Group>(acc, words, x, tokens), ...);
 }
 
-// ---- few tokens ----------------------------------------------------------------------------------------------------
-
-// Tiles of rows that are read together, so that they share the broadcasts of the activations.
-struct Tile {
-  const std::uint8_t* bytes;
-  std::int64_t step_bytes;
-  __mmask16 rows;
-};
-
-// acc[t][m] += the codes of a group of k in tile t times the activations of token m: sums of its own for each group, or
-// one for all.
-template <class Layout, int Group, int Tiles, int Tokens, int Sums>
-void multiply_group(__m512i (&acc)[Tiles][Tokens][Sums], const typename Layout::Words (&words)[Tiles],
-                    const std::uint8_t* x) {
-  constexpr bool kApart = Sums > 1;
-  __m512i codes[Tiles];
-#pragma GCC unroll 2
-  for (int t = 0; t < Tiles; ++t) {
-    if constexpr (kApart) {
-      codes[t] = Layout::template scaled_codes<Group>(words[t]);
-    } else {
-      codes[t] = Layout::template codes<Group>(words[t]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) {
-    const __m512i activations = broadcast_word(x + 4 * (Group * Tokens + m));
-#pragma GCC unroll 2
-    for (int t = 0; t < Tiles; ++t) multiply_add(acc[t][m][kApart ? Group : 0], codes[t], activations);
-  }
-}
-
-template <class Layout, int Tiles, int Tokens, int Sums, int... Group>
-void multiply_groups(__m512i (&acc)[Tiles][Tokens][Sums], const typename Layout::Words (&words)[Tiles],
-                     const std::uint8_t* x, std::integer_sequence<int, Group...>) {
-  (multiply_group<Layout, Group>(acc, words, x), ...);
+template <int... Group>
+[[gnu::always_inline]] inline void load_zeros(__m512i (&acc)[sizeof...(Group)], std::integer_sequence<int, Group...>) {
+  ((acc[Group] = _mm512_setzero_si512()), ...);
 }
 
 // The sum over the groups, each divided by what its codes were worth.
 template <class Layout, int... Group>
-__m512i add_groups(const __m512i (&acc)[Layout::kGroups], std::integer_sequence<int, Group...>) {
+[[gnu::always_inline]] inline __m512i add_groups(const __m512i (&acc)[sizeof...(Group)],
+                                                 std::integer_sequence<int, Group...>) {
   __m512i total = _mm512_setzero_si512();
   ((total = _mm512_add_epi32(total, Layout::template unscaled<Group>(acc[Group]))), ...);
   return total;
 }
 
-// Steps [begin, end) of all tiles, added to the sums.
-template <class Layout, int Tiles, int Tokens, bool Apart>
-void direct_steps(const Tile (&tiles)[Tiles], std::int64_t begin, std::int64_t end, const std::uint8_t* x,
-                  __m512i (&invalid)[Tiles], std::int32_t* sums) {
+// Adds steps [begin, end) of a tile of `rows` rows to the sums. Returns what Layout::collect gathered.
+template <class Layout, int... Token>
+[[gnu::always_inline]] inline __m512i multiply_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t begin,
+                                                     std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
+                                                     std::integer_sequence<int, Token...> tokens) {
+  constexpr int kCount = sizeof...(Token);
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
-  __m512i acc[Tiles][Tokens][Apart ? Layout::kGroups : 1] = {};
+  const __mmask16 mask = row_mask(rows);
+  __m512i invalid = _mm512_setzero_si512();
+  Sums<Layout, kCount> acc;
+  if constexpr (sums_apart<Layout>(kCount)) {
+    (load_zeros(acc[Token], kEach), ...);
+  } else {
+    ((acc[Token][0] = _mm512_load_si512(sums + Token * kTileRows)), ...);
+  }
   for (std::int64_t step = begin; step < end; ++step) {
-    typename Layout::Words words[Tiles];
-#pragma GCC unroll 2
-    for (int t = 0; t < Tiles; ++t) {
-      const std::uint8_t* bytes = tiles[t].bytes + step * tiles[t].step_bytes;
-      _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
-      words[t] = Layout::load(bytes, tiles[t].rows);
-      invalid[t] = Layout::collect(invalid[t], words[t]);
-    }
-    multiply_groups<Layout>(acc, words, x + step * 4 * Layout::kGroups * Tokens, kEach);
+    const std::uint8_t* bytes = tile + step * rows * 4;
+    _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
+    const typename Layout::Words words = Layout::load(bytes, mask);
+    invalid = Layout::collect(invalid, words);
+    multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, kEach, tokens);
   }
-#pragma GCC unroll 2
-  for (int t = 0; t < Tiles; ++t) {
-#pragma GCC unroll 12
-    for (int m = 0; m < Tokens; ++m) {
-      std::int32_t* out = sums + m * kRows + t * kTileRows;
-      __m512i total = acc[t][m][0];
-      if constexpr (Apart) total = add_groups<Layout>(acc[t][m], kEach);
-      _mm512_store_si512(out, _mm512_add_epi32(_mm512_load_si512(out), total));
-    }
+  if constexpr (sums_apart<Layout>(kCount)) {
+    ((acc[Token][0] =
+          _mm512_add_epi32(_mm512_load_si512(sums + Token * kTileRows), add_groups<Layout>(acc[Token], kEach))),
+     ...);
   }
+  (_mm512_store_si512(sums + Token * kTileRows, acc[Token][0]), ...);
+  return invalid;
 }
 
-template <class Layout, int Tiles, int Tokens>
-std::uint32_t direct_tiles(const Tile (&tiles)[Tiles], std::int64_t steps, const std::uint8_t* x, std::int32_t* sums) {
-  constexpr bool kApart = Tiles * Tokens * Layout::kGroups <= kMostSumsApart;
-  __m512i invalid[Tiles] = {};
-  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
-    const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-    direct_steps<Layout, Tiles, Tokens, kApart>(tiles, begin, end, x, invalid, sums);
-  }
-  std::uint32_t any = 0;
-#pragma GCC unroll 2
-  for (int t = 0; t < Tiles; ++t) any |= Layout::any(invalid[t]);
-  return any;
-}
-
-// Calls direct_tiles for two tiles, or for one where there is one, or one token: memory decides then, and serves one
-// stream best.
-template <class Layout, int Tokens = kDirectTokens>
-std::uint32_t direct(const std::uint8_t* bytes, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
+// Calls multiply_steps for this number of tokens.
+template <class Layout, int Tokens = kTokens>
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
                      const void* packed_tokens, std::int64_t tokens, void* sums) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) {
-      return direct<Layout, Tokens - 1>(bytes, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
+      return direct<Layout, Tokens - 1>(tile, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
     }
   }
-  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
-  auto* out = static_cast<std::int32_t*>(sums);
-  const std::int64_t first_rows = rows < kTileRows ? rows : kTileRows;
-  const std::int64_t second_rows = rows - first_rows;
-  const Tile first = {bytes, first_rows * 4, row_mask(first_rows)};
-  const Tile second = {bytes + kTileRows * payload_row_bytes, second_rows * 4, row_mask(second_rows)};
-  if (Tokens > 1 && second_rows > 0) return direct_tiles<Layout, 2, Tokens>({first, second}, steps, x, out);
-  std::uint32_t invalid = direct_tiles<Layout, 1, Tokens>({first}, steps, x, out);
-  if (second_rows > 0) invalid |= direct_tiles<Layout, 1, Tokens>({second}, steps, x, out + kTileRows);
+  std::uint32_t invalid = 0;
+  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+    const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
+    invalid |= Layout::any(
+        multiply_steps<Layout>(tile, rows, begin, end, static_cast<const std::uint8_t*>(packed_tokens),
+                               static_cast<std::int32_t*>(sums), std::make_integer_sequence<int, Tokens>()));
+  }
   return invalid;
 }
 
 constexpr TileFunctions avx512_tiles() {
   return {
       .activation_dtype = ActivationDtype::int8,
-      .panel_rows = kRows,
-      .token_tile = kTokens,
-      .k_block = kBlock,
-      .direct_tokens = kDirectTokens,
-      .panel_element = 1,
+      .direct_tokens = kTokens,
       .token_element = 1,
       .offset_codes = true,
       .absmax = absmax_bits,
       .quantize = quantize_x_row,
       .pack_tokens = pack_token_words,
-      .unpack_panel = unpack_panel<TwoBit>,
-      .gemm = gemm,
       .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,
-      .direct_rows = kRows,
+      .direct_rows = kTileRows,
 #ifdef __AVX512VBMI__
-      .base3_unpack_panel = unpack_panel<Base3>,
       .base3_direct = direct<Base3>,
 #endif
       .base3_recode = recode_base3,

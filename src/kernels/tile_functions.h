@@ -15,7 +15,7 @@
 namespace bitcore {
 
 /// Bounds of TileFunctions::direct_tokens and direct_rows: the driver keeps the sums of a tile on the stack.
-inline constexpr std::int64_t kMostDirectTokens = 16;
+inline constexpr std::int64_t kMostDirectTokens = 24;
 inline constexpr std::int64_t kMostDirectRows = 32;
 
 /// What the driver knows of one row of x.
@@ -41,14 +41,16 @@ struct StoreBlock {
 struct TileFunctions {
   ActivationDtype activation_dtype;
 
-  std::int64_t panel_rows;  ///< Output rows that gemm computes together; a multiple of kTileRows.
-  std::int64_t token_tile;  ///< Most rows of x that gemm computes together.
-  std::int64_t
-      k_block;  ///< Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
-  std::int64_t direct_tokens;  ///< Most rows of x for which direct is used, up to kMostDirectTokens; 0: it never is.
+  std::int64_t panel_rows = 0;  ///< Output rows that gemm computes together; a multiple of kTileRows.
+  std::int64_t token_tile = 0;  ///< Most rows of x that gemm computes together.
+  /// Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
+  std::int64_t k_block = 0;
+  /// Most rows of x that direct computes together, up to kMostDirectTokens. Up to as many, direct is used instead of
+  /// unpack_panel and gemm; 0: it never is.
+  std::int64_t direct_tokens;
 
-  std::int64_t panel_element;  ///< Bytes of one weight in an unpacked panel.
-  std::int64_t token_element;  ///< Bytes of one activation as pack_tokens writes it.
+  std::int64_t panel_element = 0;  ///< Bytes of one weight in an unpacked panel.
+  std::int64_t token_element;      ///< Bytes of one activation as pack_tokens writes it.
 
   /// Unpacked weights are codes w + 1: the driver starts the sums of a token at minus the sum of its activations.
   bool offset_codes;
@@ -68,10 +70,12 @@ struct TileFunctions {
   /// @param tiles First byte of the first tile. @param payload_row_bytes R of docs/packed-format.md.
   using UnpackPanel = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
                                         std::int64_t step_begin, std::int64_t step_end, void* panel);
-  UnpackPanel unpack_panel;
+  UnpackPanel unpack_panel = nullptr;
 
-  /// sums[token * panel_rows + row] += sum over k of panel and packed tokens.
-  void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums);
+  /// sums[token * panel_rows + row] += sum over k of panel and packed tokens. Null: direct serves any number of rows of
+  /// x, direct_tokens at a time, and what belongs to panels stays unset.
+  void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
+               void* sums) = nullptr;
 
   /// sums[token * direct_rows + row] += `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
   /// all k at once. Returns nonzero where a code is invalid. Null where direct_tokens is 0.

@@ -26,6 +26,9 @@ constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
 // Sums of a panel, which stay in the second-level cache between two blocks of k.
 constexpr std::int64_t kPanelSumBytes = std::int64_t{128} << 10;
 
+// Packed weights that are multiplied as they are, which stay in the second-level cache for all tokens.
+constexpr std::int64_t kPanelWeightBytes = std::int64_t{128} << 10;
+
 // A block of k ends at a step of either layout.
 constexpr std::int64_t kBlockCodes = 80;
 
@@ -36,37 +39,56 @@ constexpr std::size_t kStackBytes = 8192;
 struct Plan {
   Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads) {
     const bool base3 = shape.layout == Layout::base3;
-    direct = tokens <= f.direct_tokens;
+    direct = f.gemm == nullptr || tokens <= f.direct_tokens;
+    token_tile = direct ? f.direct_tokens : f.token_tile;
     recode = base3 && (direct ? f.base3_direct == nullptr : f.base3_unpack_panel == nullptr);
     x_element = f.activation_dtype == ActivationDtype::int8 ? 1 : 4;
     k_padded = round_up(shape.padded_in_features(), recode ? kStepCodes : 4);
     row_bytes = round_up(k_padded * x_element, 64);
     token_bytes = k_padded * f.token_element;
 
-    const std::int64_t unit = base3 ? kBlockCodes : kStepCodes;
-    const std::int64_t most = std::max(unit, f.k_block / unit * unit);
-    k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
+    k_block = k_padded;
+    if (!direct) {
+      const std::int64_t unit = base3 ? kBlockCodes : kStepCodes;
+      const std::int64_t most = std::max(unit, f.k_block / unit * unit);
+      k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
+    }
 
     const std::int64_t macs = tokens * shape.in_features * shape.out_features;
     most_threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, macs / kMacsPerThread)));
 
-    const std::int64_t fitting = std::min(kActivationBlockBytes / token_bytes, kPanelSumBytes / (4 * f.panel_rows));
-    block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), f.token_tile));
+    std::int64_t fitting = kActivationBlockBytes / token_bytes;
+    if (!direct) fitting = std::min(fitting, kPanelSumBytes / (4 * f.panel_rows));
+    block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), token_tile));
+
+    panel_rows = direct ? direct_panel_rows(f, tokens, shape) : f.panel_rows;
+    panels = ceil_div(shape.out_features, panel_rows);
     // Where there are fewer panels than threads could take, the tokens are split as well.
     const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
-    panels = ceil_div(shape.out_features, f.panel_rows);
-    splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, f.token_tile));
+    splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, token_tile));
   }
 
-  bool direct;             // few tokens: packed weights are multiplied as they are
-  bool recode;             // 1.6-bit tiles are rewritten at 2 bits
-  std::int64_t x_element;  // bytes of an activation in row-major form
+  // A run of adjacent rows, because long sequential reads are what memory serves best; several threads find equal
+  // shares, several tiles of tokens find the weights in the second-level cache, each rewritten tile serves all tokens.
+  std::int64_t direct_panel_rows(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
+    if (recode) return f.direct_rows;
+    std::int64_t groups = ceil_div(shape.out_features, f.direct_rows);
+    if (most_threads > 1) groups /= 8 * std::int64_t{most_threads};
+    if (tokens > token_tile) groups = std::min(groups, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
+    return f.direct_rows * std::max<std::int64_t>(1, groups);
+  }
+
+  bool direct;              // packed weights are multiplied as they are
+  bool recode;              // 1.6-bit tiles are rewritten at 2 bits
+  std::int64_t token_tile;  // most rows of x that are multiplied together
+  std::int64_t x_element;   // bytes of an activation in row-major form
   std::int64_t k_padded;
   std::int64_t row_bytes;    // of a row of activations in row-major form
   std::int64_t token_bytes;  // of a row of packed activations
   std::int64_t k_block;
   int most_threads;
   std::int64_t block_tokens;  // packed and multiplied before the next ones
+  std::int64_t panel_rows;    // output rows that are multiplied with all tokens of a block before the next ones
   std::int64_t panels;
   std::int64_t splits;
 };
@@ -106,14 +128,11 @@ struct Buffers {
 
  private:
   static Thread take(const TileFunctions& f, const Plan& plan, Arena& arena) {
-    const std::int64_t rows = plan.direct ? plan.block_tokens : std::min(f.token_tile, plan.block_tokens);
-    const std::int64_t weight_rows = plan.direct ? f.direct_rows : f.panel_rows;
-    const std::int64_t weight_k = plan.direct ? plan.k_padded : plan.k_block;
     Thread thread{};
     thread.floats = arena.take<float>(plan.k_padded);
-    thread.rows = arena.take<std::byte>(rows * plan.row_bytes);
+    thread.rows = arena.take<std::byte>(std::min(plan.token_tile, plan.block_tokens) * plan.row_bytes);
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
-    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(weight_rows * weight_k / 4 + kTrailerBytes);
+    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_rows * plan.k_block / 4 + kTrailerBytes);
     if (plan.direct) return thread;
     thread.panel = arena.take<std::byte>(plan.k_block * f.panel_rows * f.panel_element);
     thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panel_rows);
@@ -152,14 +171,10 @@ class Run {
   /// Returns the number of tile calls.
   std::uint64_t run() {
     if (is_int8() && per_tensor()) set_tensor_scale();
-    if (plan_.direct) {
-      run_direct();
-    } else {
-      for (std::int64_t begin = 0; begin < tokens_; begin += plan_.block_tokens) {
-        const std::int64_t count = std::min(plan_.block_tokens, tokens_ - begin);
-        pack_block(begin, count);
-        multiply_block(begin, count);
-      }
+    for (std::int64_t begin = 0; begin < tokens_; begin += plan_.block_tokens) {
+      const std::int64_t count = std::min(plan_.block_tokens, tokens_ - begin);
+      pack_block(begin, count);
+      multiply_block(begin, count);
     }
     if (invalid_.load(std::memory_order_relaxed) != 0) fail_invalid_code();
     return tile_calls_.load(std::memory_order_relaxed);
@@ -167,6 +182,12 @@ class Run {
 
  private:
   using Thread = Buffers::Thread;
+
+  // Tiles [begin, end) of the block of `count` tokens that begins at token `block`.
+  struct TokenTiles {
+    std::int64_t block, count;
+    std::int64_t begin, end;
+  };
 
   bool is_int8() const { return f_.activation_dtype == ActivationDtype::int8; }
   bool has_codes() const { return !args_.x_scale.empty(); }
@@ -192,6 +213,10 @@ class Run {
 
   void note_invalid(std::uint32_t invalid) {
     if (invalid != 0) invalid_.fetch_or(invalid, std::memory_order_relaxed);
+  }
+
+  void count_tile_calls(std::int64_t calls) {
+    tile_calls_.fetch_add(static_cast<std::uint64_t>(calls), std::memory_order_relaxed);
   }
 
   // Row `token` of x as float32, in place where it is already.
@@ -265,58 +290,14 @@ class Run {
               .dtype = args_.y.dtype});
   }
 
-  // ---- few tokens: every tile of packed weights is read once and multiplied with all of them ----
-
-  void run_direct() {
-    const Thread caller = thread_buffers(0);
-    for (std::int64_t m = 0; m < tokens_; ++m) {
-      buffers_.activations[m] = prepare_row(m, caller.floats, caller.rows + m * plan_.row_bytes);
-    }
-    f_.pack_tokens(caller.rows, plan_.row_bytes, tokens_, plan_.k_padded, buffers_.packed);
-    const std::int64_t groups = ceil_div(shape_.out_features, f_.direct_rows);
-    // A unit is a run of adjacent groups of rows: long sequential reads are what memory serves best.
-    const std::int64_t unit_groups =
-        plan_.most_threads == 1 ? groups : std::max<std::int64_t>(1, groups / (8 * std::int64_t{plan_.most_threads}));
-    for_each_unit(ceil_div(groups, unit_groups), [&](std::int64_t unit, const Thread& thread) {
-      const std::int64_t last = std::min(groups, (unit + 1) * unit_groups);
-      std::uint32_t invalid = 0;
-      for (std::int64_t group = unit * unit_groups; group < last; ++group) {
-        invalid |= direct_rows(group * f_.direct_rows, thread);
-      }
-      note_invalid(invalid);
-      tile_calls_.fetch_add(static_cast<std::uint64_t>(last - unit * unit_groups), std::memory_order_relaxed);
-    });
-  }
-
-  // All tokens times the rows from `row` on that direct computes together.
-  std::uint32_t direct_rows(std::int64_t row, const Thread& thread) const {
-    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kMostDirectRows];
-    const std::int64_t rows = std::min(f_.direct_rows, shape_.out_features - row);
-    for (std::int64_t m = 0; m < tokens_; ++m) {
-      start_sums(sums + m * f_.direct_rows, f_.direct_rows, buffers_.activations[m].sum);
-    }
-    const std::uint8_t* tiles = payload_ + row * shape_.payload_row_bytes;
-    std::uint32_t invalid = 0;
-    if (plan_.recode) {
-      const std::int64_t steps = plan_.k_padded / kStepCodes;
-      invalid |= recode_rows(tiles, rows, 0, shape_.steps(), steps, thread.recoded);
-      invalid |= f_.direct(thread.recoded, steps * 4, rows, steps, buffers_.packed, tokens_, sums);
-    } else {
-      const TileFunctions::Direct direct = shape_.layout == Layout::base3 ? f_.base3_direct : f_.direct;
-      invalid |= direct(tiles, shape_.payload_row_bytes, rows, shape_.steps(), buffers_.packed, tokens_, sums);
-    }
-    store(sums, f_.direct_rows, 0, tokens_, row, rows, buffers_.activations);
-    return invalid;
-  }
-
-  // ---- many tokens: blocks of them are packed, then multiplied panel by panel ----
+  // ---- blocks of tokens are packed, then multiplied panel by panel ----
 
   // Tiles of tokens are of equal size, up to one: no small last one that computes slowly.
-  std::int64_t token_tiles(std::int64_t count) const { return ceil_div(count, f_.token_tile); }
+  std::int64_t token_tiles(std::int64_t count) const { return ceil_div(count, plan_.token_tile); }
   std::int64_t first_token(std::int64_t tile, std::int64_t count) const { return tile * count / token_tiles(count); }
 
   // Where the tile of tokens [first, last) of a block begins, for the block of k that begins at k: all tiles of a block
-  // of k are adjacent, in the order in which gemm reads them.
+  // of k are adjacent, in the order in which they are read.
   std::byte* packed_tile(std::int64_t k, std::int64_t k_count, std::int64_t first, std::int64_t count) const {
     return buffers_.packed + (k * count + first * k_count) * f_.token_element;
   }
@@ -342,41 +323,73 @@ class Run {
     const std::int64_t tiles = token_tiles(count);
     const std::int64_t splits = std::min(plan_.splits, tiles);
     for_each_unit(plan_.panels * splits, [&](std::int64_t unit, const Thread& thread) {
+      const std::int64_t row = unit / splits * plan_.panel_rows;
+      const std::int64_t rows = std::min(plan_.panel_rows, shape_.out_features - row);
       const std::int64_t split = unit % splits;
-      multiply_panel(unit / splits, begin, count, split * tiles / splits, (split + 1) * tiles / splits, thread);
+      const TokenTiles of = {begin, count, split * tiles / splits, (split + 1) * tiles / splits};
+      note_invalid(plan_.direct ? multiply_packed(row, rows, of, thread) : multiply_unpacked(row, rows, of, thread));
     });
   }
 
-  // Token tiles [tile_begin, tile_end) of the block of `count` tokens that begins at token `begin`, times one panel.
-  void multiply_panel(std::int64_t panel, std::int64_t begin, std::int64_t count, std::int64_t tile_begin,
-                      std::int64_t tile_end, const Thread& thread) {
-    const std::int64_t row = panel * f_.panel_rows;
-    const std::int64_t rows = std::min(f_.panel_rows, shape_.out_features - row);
-    const std::int64_t base = first_token(tile_begin, count);
+  // Packed weights are multiplied as they are: every tile of tokens reads all of the panel.
+  std::uint32_t multiply_packed(std::int64_t row, std::int64_t rows, const TokenTiles& of, const Thread& thread) {
+    const std::uint8_t* tiles = payload_ + row * shape_.payload_row_bytes;
+    std::int64_t row_bytes = shape_.payload_row_bytes;
+    std::int64_t steps = shape_.steps();
+    TileFunctions::Direct direct = shape_.layout == Layout::base3 ? f_.base3_direct : f_.direct;
+    std::uint32_t invalid = 0;
+    if (plan_.recode) {
+      const std::int64_t recoded_steps = plan_.k_padded / kStepCodes;
+      invalid |= recode_rows(tiles, rows, 0, steps, recoded_steps, thread.recoded);
+      tiles = thread.recoded;
+      row_bytes = recoded_steps * 4;
+      steps = recoded_steps;
+      direct = f_.direct;
+    }
+    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kMostDirectRows];
+    for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
+      const std::int64_t first = first_token(tile, of.count);
+      const std::int64_t tokens = first_token(tile + 1, of.count) - first;
+      const std::byte* packed = packed_tile(0, plan_.k_padded, first, of.count);
+      const Activation* x = buffers_.activations + first;
+      for (std::int64_t r = 0; r < rows; r += f_.direct_rows) {
+        const std::int64_t group_rows = std::min(f_.direct_rows, rows - r);
+        prefetch_outputs(of.block + first, tokens, row + r, group_rows);
+        for (std::int64_t m = 0; m < tokens; ++m) start_sums(sums + m * f_.direct_rows, f_.direct_rows, x[m].sum);
+        invalid |= direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums);
+        store(sums, f_.direct_rows, of.block + first, tokens, row + r, group_rows, x);
+      }
+    }
+    count_tile_calls(ceil_div(rows, f_.direct_rows) * (of.end - of.begin));
+    return invalid;
+  }
+
+  // Weights are unpacked, a block of k at a time, which all tiles of tokens then read.
+  std::uint32_t multiply_unpacked(std::int64_t row, std::int64_t rows, const TokenTiles& of, const Thread& thread) {
+    const std::int64_t base = first_token(of.begin, of.count);
     std::uint32_t invalid = 0;
     for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
       invalid |= unpack_panel(row, rows, k, thread);
-      for (std::int64_t tile = tile_begin; tile < tile_end; ++tile) {
-        const std::int64_t first = first_token(tile, count);
-        const std::int64_t tokens = first_token(tile + 1, count) - first;
+      for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
+        const std::int64_t first = first_token(tile, of.count);
+        const std::int64_t tokens = first_token(tile + 1, of.count) - first;
         std::int32_t* sums = thread.sums + (first - base) * f_.panel_rows;
         const Activation* x = buffers_.activations + first;
         for (std::int64_t m = 0; k == 0 && m < tokens; ++m) {
           start_sums(sums + m * f_.panel_rows, f_.panel_rows, x[m].sum);
         }
         const bool last_block = k + plan_.k_block >= plan_.k_padded;
-        if (last_block) prefetch_outputs(begin + first, tokens, row, rows);
-        prefetch_weights(row, k, tile - tile_begin, tile_end - tile_begin);
-        f_.gemm(thread.panel, packed_tile(k, k_count(k), first, count), tokens, k_count(k), sums);
-        if (last_block) store(sums, f_.panel_rows, begin + first, tokens, row, rows, x);
+        if (last_block) prefetch_outputs(of.block + first, tokens, row, rows);
+        prefetch_weights(row, k, tile - of.begin, of.end - of.begin);
+        f_.gemm(thread.panel, packed_tile(k, k_count(k), first, of.count), tokens, k_count(k), sums);
+        if (last_block) store(sums, f_.panel_rows, of.block + first, tokens, row, rows, x);
       }
     }
-    note_invalid(invalid);
-    const std::int64_t blocks = ceil_div(plan_.k_padded, plan_.k_block);
-    tile_calls_.fetch_add(static_cast<std::uint64_t>(blocks * (tile_end - tile_begin)), std::memory_order_relaxed);
+    count_tile_calls(ceil_div(plan_.k_padded, plan_.k_block) * (of.end - of.begin));
+    return invalid;
   }
 
-  // While gemm computes, the cache lines come that store will write to,
+  // While sums are computed, the cache lines come that store will write to,
   void prefetch_outputs(std::int64_t token, std::int64_t tokens, std::int64_t row, std::int64_t rows) const {
     const auto element = static_cast<std::int64_t>(size_of(args_.y.dtype));
     for (std::int64_t m = 0; m < tokens; ++m) {
