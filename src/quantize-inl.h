@@ -55,34 +55,47 @@ inline std::int32_t quantize_x_row(const float* x, std::int64_t count, float sca
   return sum;
 }
 
-/// Writes 16 outputs of one token: three float32 operations in this order. @param count Of them, those that exist.
-template <class Sum, bool HasBias>
-inline void store_lanes(const Sum* sums, float x_scale, const float* w_scale, const float* bias, std::int64_t count,
-                        DType dtype, std::byte* y) {
+/// Writes `count` outputs of one token, up to 16: three float32 operations in this order, then one rounding to Type.
+/// Inputs are readable up to 16. A constant count and Type let outputs go from registers to y.
+template <class Sum, bool HasBias, DType Type>
+[[gnu::always_inline]] inline void store_lanes(const Sum* sums, float x_scale, const float* w_scale, const float* bias,
+                                               std::int64_t count, std::byte* y) {
   constexpr std::int64_t kLanes = 16;
   float out[kLanes];
   for (std::int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<float>(sums[i]) * (x_scale * w_scale[i]);
   if constexpr (HasBias) {
     for (std::int64_t i = 0; i < kLanes; ++i) out[i] = out[i] + bias[i];
   }
-  if (dtype == DType::float32 && count == kLanes) {
-    std::memcpy(y, out, sizeof(out));
-  } else {
-    narrow(out, count, dtype, y);
+  narrow(out, count, Type, y);
+}
+
+template <class Sum, bool HasBias, DType Type>
+inline void store_block(const StoreBlock& block) {
+  constexpr std::int64_t kLanes = 16;
+  constexpr std::int64_t kElement = Type == DType::float32 ? 4 : 2;
+  const std::int64_t full = block.rows / kLanes * kLanes;
+  for (std::int64_t m = 0; m < block.tokens; ++m) {
+    const Sum* sums = static_cast<const Sum*>(block.sums) + m * block.sums_stride;
+    std::byte* y = block.y + m * block.y_stride;
+    const float scale = block.x[m].scale;
+    const auto store = [&](std::int64_t row, std::int64_t count) {
+      store_lanes<Sum, HasBias, Type>(sums + row, scale, block.w_scale + row, HasBias ? block.bias + row : nullptr,
+                                      count, y + row * kElement);
+    };
+    for (std::int64_t row = 0; row < full; row += kLanes) store(row, kLanes);
+    if (full < block.rows) store(full, block.rows - full);
   }
 }
 
 template <class Sum, bool HasBias>
-inline void store_block(const StoreBlock& block) {
-  constexpr std::int64_t kLanes = 16;
-  const auto element = static_cast<std::int64_t>(size_of(block.dtype));
-  for (std::int64_t m = 0; m < block.tokens; ++m) {
-    const Sum* sums = static_cast<const Sum*>(block.sums) + m * block.sums_stride;
-    std::byte* y = block.y + m * block.y_stride;
-    for (std::int64_t row = 0; row < block.rows; row += kLanes) {
-      store_lanes<Sum, HasBias>(sums + row, block.x[m].scale, block.w_scale + row, HasBias ? block.bias + row : nullptr,
-                                std::min(kLanes, block.rows - row), block.dtype, y + row * element);
-    }
+inline void store_typed(const StoreBlock& block) {
+  switch (block.dtype) {
+    case DType::bfloat16:
+      return store_block<Sum, HasBias, DType::bfloat16>(block);
+    case DType::float16:
+      return store_block<Sum, HasBias, DType::float16>(block);
+    default:
+      return store_block<Sum, HasBias, DType::float32>(block);
   }
 }
 
@@ -90,9 +103,9 @@ inline void store_block(const StoreBlock& block) {
 template <class Sum>
 inline void store_sums(const StoreBlock& block) {
   if (block.bias != nullptr) {
-    store_block<Sum, true>(block);
+    store_typed<Sum, true>(block);
   } else {
-    store_block<Sum, false>(block);
+    store_typed<Sum, false>(block);
   }
 }
 
