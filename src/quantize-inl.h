@@ -55,14 +55,23 @@ inline std::int32_t quantize_x_row(const float* x, std::int64_t count, float sca
   return sum;
 }
 
+/// Of int32 modulo 2^32, as the sums of codes may pass its bounds where those of weights do not.
+inline float sum_minus(std::int32_t sum, std::int32_t offset) {
+  return static_cast<float>(
+      static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) - static_cast<std::uint32_t>(offset)));
+}
+inline float sum_minus(float sum, std::int32_t) { return sum; }
+
 /// Writes `count` outputs of one token, up to 16: three float32 operations in this order, then one rounding to Type.
-/// Inputs are readable up to 16. A constant count and Type let outputs go from registers to y.
+/// Inputs are readable up to 16. @param offset Activation::sum. A constant count and Type let outputs go from registers
+/// to y.
 template <class Sum, bool HasBias, DType Type>
-[[gnu::always_inline]] inline void store_lanes(const Sum* sums, float x_scale, const float* w_scale, const float* bias,
-                                               std::int64_t count, std::byte* y) {
+[[gnu::always_inline]] inline void store_lanes(const Sum* sums, std::int32_t offset, float x_scale,
+                                               const float* w_scale, const float* bias, std::int64_t count,
+                                               std::byte* y) {
   constexpr std::int64_t kLanes = 16;
   float out[kLanes];
-  for (std::int64_t i = 0; i < kLanes; ++i) out[i] = static_cast<float>(sums[i]) * (x_scale * w_scale[i]);
+  for (std::int64_t i = 0; i < kLanes; ++i) out[i] = sum_minus(sums[i], offset) * (x_scale * w_scale[i]);
   if constexpr (HasBias) {
     for (std::int64_t i = 0; i < kLanes; ++i) out[i] = out[i] + bias[i];
   }
@@ -79,8 +88,8 @@ inline void store_block(const StoreBlock& block) {
     std::byte* y = block.y + m * block.y_stride;
     const float scale = block.x[m].scale;
     const auto store = [&](std::int64_t row, std::int64_t count) {
-      store_lanes<Sum, HasBias, Type>(sums + row, scale, block.w_scale + row, HasBias ? block.bias + row : nullptr,
-                                      count, y + row * kElement);
+      store_lanes<Sum, HasBias, Type>(sums + row, block.x[m].sum, scale, block.w_scale + row,
+                                      HasBias ? block.bias + row : nullptr, count, y + row * kElement);
     };
     for (std::int64_t row = 0; row < full; row += kLanes) store(row, kLanes);
     if (full < block.rows) store(full, block.rows - full);

@@ -2,8 +2,8 @@
 //
 // Packer: standard form. CPU features: AVX-512 F, BW, DQ, VL, VNNI; where the including file is compiled for VBMI as
 // well, functions for the 1.6-bit layout. A 64-byte step of a full tile is one register with an output row in each
-// 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver starts every sum at
-// minus the sum of the token's activations, which takes the 1 off again.
+// 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver takes the sum
+// of a token's activations off every sum at the end, which takes the 1 off again.
 //
 // Packed weights are multiplied as they are, a tile of 16 rows with up to 24 tokens at a time, whatever their number:
 // masks and shifts run on the pipes that vpdpbusd leaves free, so that unpacking first would only cost memory accesses.
@@ -198,7 +198,8 @@ template <class Layout, int... Group>
   return total;
 }
 
-// Adds steps [begin, end) of a tile of `rows` rows to the sums. Returns what Layout::collect gathered.
+// Steps [begin, end) of a tile of `rows` rows, added to the sums of earlier ones. Returns what Layout::collect
+// gathered.
 template <class Layout, int... Token>
 [[gnu::always_inline]] inline __m512i multiply_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t begin,
                                                      std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
@@ -206,12 +207,13 @@ template <class Layout, int... Token>
   constexpr int kCount = sizeof...(Token);
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
   const __mmask16 mask = row_mask(rows);
+  const __mmask16 earlier = begin == 0 ? 0 : 0xffff;
   __m512i invalid = _mm512_setzero_si512();
   Sums<Layout, kCount> acc;
   if constexpr (sums_apart<Layout>(kCount)) {
     (load_zeros(acc[Token], kEach), ...);
   } else {
-    ((acc[Token][0] = _mm512_load_si512(sums + Token * kTileRows)), ...);
+    ((acc[Token][0] = _mm512_maskz_load_epi32(earlier, sums + Token * kTileRows)), ...);
   }
   for (std::int64_t step = begin; step < end; ++step) {
     const std::uint8_t* bytes = tile + step * rows * 4;
@@ -221,8 +223,8 @@ template <class Layout, int... Token>
     multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, kEach, tokens);
   }
   if constexpr (sums_apart<Layout>(kCount)) {
-    ((acc[Token][0] =
-          _mm512_add_epi32(_mm512_load_si512(sums + Token * kTileRows), add_groups<Layout>(acc[Token], kEach))),
+    ((acc[Token][0] = _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, sums + Token * kTileRows),
+                                       add_groups<Layout>(acc[Token], kEach))),
      ...);
   }
   (_mm512_store_si512(sums + Token * kTileRows, acc[Token][0]), ...);

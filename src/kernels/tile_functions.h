@@ -21,7 +21,7 @@ inline constexpr std::int64_t kMostDirectRows = 32;
 /// What the driver knows of one row of x.
 struct Activation {
   float scale;       ///< s_x; float32 activations: 1, or NaN where the row is not finite.
-  std::int32_t sum;  ///< Of the int8 codes.
+  std::int32_t sum;  ///< Of the int8 codes where offset_codes is set, otherwise 0. store subtracts it.
 };
 
 /// A block of finished sums, and where they go. Arrays over rows are readable up to a multiple of 16 of them.
@@ -52,7 +52,7 @@ struct TileFunctions {
   std::int64_t panel_element = 0;  ///< Bytes of one weight in an unpacked panel.
   std::int64_t token_element;      ///< Bytes of one activation as pack_tokens writes it.
 
-  /// Unpacked weights are codes w + 1: the driver starts the sums of a token at minus the sum of its activations.
+  /// Weights are multiplied as codes w + 1: Activation::sum, taken off every sum at the end, takes the 1 off again.
   bool offset_codes;
 
   /// Bits of the largest magnitude of `count` floats; at or above those of infinity where one is not finite.
@@ -77,13 +77,13 @@ struct TileFunctions {
   void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
                void* sums) = nullptr;
 
-  /// sums[token * direct_rows + row] += `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
+  /// sums[token * direct_rows + row] = `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
   /// all k at once. Returns nonzero where a code is invalid. Null where direct_tokens is 0.
   using Direct = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
                                    std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums);
   Direct direct;
 
-  /// y = float(sums) * (x_scale * w_scale) + bias.
+  /// y = float(sums - x.sum) * (x.scale * w_scale) + bias.
   void (*store)(const StoreBlock& block);
 
   std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.

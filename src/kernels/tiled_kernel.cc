@@ -258,20 +258,16 @@ class Run {
       return {finite ? 1.0f : quiet_nan(), 0};
     }
     const float scale = per_tensor() ? tensor_scale_ : x_scale_of(f_.absmax(x, in_features_));
-    return {scale, f_.quantize(x, in_features_, scale, reinterpret_cast<std::int8_t*>(out))};
+    const std::int32_t sum = f_.quantize(x, in_features_, scale, reinterpret_cast<std::int8_t*>(out));
+    return {scale, f_.offset_codes ? sum : 0};
   }
 
   Activation copy_codes(std::int64_t token, std::int8_t* out) const {
     const auto* codes = reinterpret_cast<const std::int8_t*>(args_.x.row(token));
     std::memcpy(out, codes, static_cast<std::size_t>(in_features_));
     std::int32_t sum = 0;
-    for (std::int64_t k = 0; k < in_features_; ++k) sum += codes[k];
+    for (std::int64_t k = 0; f_.offset_codes && k < in_features_; ++k) sum += codes[k];
     return {per_tensor() ? tensor_scale_ : args_.x_scale[static_cast<std::size_t>(token)], sum};
-  }
-
-  // What the sums of a token start from. The bits of int32 and float zero are the same.
-  void start_sums(std::int32_t* sums, std::int64_t count, std::int32_t activation_sum) const {
-    std::fill_n(sums, count, f_.offset_codes ? -activation_sum : 0);
   }
 
   // Finished sums of `tokens` adjacent tokens from `token` on, whose Activations begin at `x`.
@@ -355,7 +351,7 @@ class Run {
       for (std::int64_t r = 0; r < rows; r += f_.direct_rows) {
         const std::int64_t group_rows = std::min(f_.direct_rows, rows - r);
         prefetch_outputs(of.block + first, tokens, row + r, group_rows);
-        for (std::int64_t m = 0; m < tokens; ++m) start_sums(sums + m * f_.direct_rows, f_.direct_rows, x[m].sum);
+        if (f_.gemm) std::fill_n(sums, tokens * f_.direct_rows, 0);
         invalid |= direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums);
         store(sums, f_.direct_rows, of.block + first, tokens, row + r, group_rows, x);
       }
@@ -375,9 +371,7 @@ class Run {
         const std::int64_t tokens = first_token(tile + 1, of.count) - first;
         std::int32_t* sums = thread.sums + (first - base) * f_.panel_rows;
         const Activation* x = buffers_.activations + first;
-        for (std::int64_t m = 0; k == 0 && m < tokens; ++m) {
-          start_sums(sums + m * f_.panel_rows, f_.panel_rows, x[m].sum);
-        }
+        if (k == 0) std::fill_n(sums, tokens * f_.panel_rows, 0);  // the bits of int32 and float zero are the same
         const bool last_block = k + plan_.k_block >= plan_.k_padded;
         if (last_block) prefetch_outputs(of.block + first, tokens, row, rows);
         prefetch_weights(row, k, tile - of.begin, of.end - of.begin);
