@@ -26,6 +26,9 @@ constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
 // Sums of a panel, which stay in the second-level cache between two blocks of k.
 constexpr std::int64_t kPanelSumBytes = std::int64_t{128} << 10;
 
+// Runs of rows that a thread takes one after another, so that one that starts late or is slow delays the others little.
+constexpr std::int64_t kRunsPerThread = 2;
+
 // Packed weights that are multiplied as they are, which stay in the second-level cache for all tokens.
 constexpr std::int64_t kPanelWeightBytes = std::int64_t{128} << 10;
 
@@ -68,12 +71,12 @@ struct Plan {
     splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, token_tile));
   }
 
-  // A run of adjacent rows, because long sequential reads are what memory serves best; several threads find equal
-  // shares, several tiles of tokens find the weights in the second-level cache, each rewritten tile serves all tokens.
+  // A run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what comes.
+  // Several tiles of tokens find the weights in the second-level cache; a rewritten tile serves all tokens.
   std::int64_t direct_panel_rows(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
     if (recode) return f.direct_rows;
     std::int64_t groups = ceil_div(shape.out_features, f.direct_rows);
-    if (most_threads > 1) groups /= 8 * std::int64_t{most_threads};
+    if (most_threads > 1) groups = ceil_div(groups, kRunsPerThread * std::int64_t{most_threads});
     if (tokens > token_tile) groups = std::min(groups, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
     return f.direct_rows * std::max<std::int64_t>(1, groups);
   }
