@@ -149,16 +149,21 @@ struct Base3 {
 
 // ---- one tile of packed weights times the activations of some tokens -----------------------------------------------
 
-// Fewer tokens than groups are too few sums to wait for: each group then has sums of its own, of codes that need no
-// shift.
+// A sum waits for the one before it: where a token alone has few, each of its groups of k has a sum of its own, of
+// codes that need no shift; or every other group.
 template <class Layout>
-constexpr bool sums_apart(int tokens) {
+constexpr bool scaled_sums(int tokens) {
   return tokens < Layout::kGroups;
 }
+template <class Layout>
+constexpr int sums_of_token(int tokens) {
+  if (scaled_sums<Layout>(tokens)) return Layout::kGroups;
+  return tokens <= 2 * Layout::kGroups ? 2 : 1;
+}
 
-// Sums of a token. Indices are template arguments throughout: an array that a loop indexes, GCC 12 keeps in memory.
+// Indices are template arguments throughout: an array that a loop indexes, GCC 12 keeps in memory.
 template <class Layout, int Tokens>
-using Sums = __m512i[Tokens][sums_apart<Layout>(Tokens) ? Layout::kGroups : 1];
+using Sums = __m512i[Tokens][sums_of_token<Layout>(Tokens)];
 
 // acc += the codes of a group of k times the activations of every token.
 template <class Layout, int Group, int... Token>
@@ -166,14 +171,14 @@ template <class Layout, int Group, int... Token>
                                                   const typename Layout::Words& words, const std::uint8_t* x,
                                                   std::integer_sequence<int, Token...>) {
   constexpr int kCount = sizeof...(Token);
-  constexpr bool kApart = sums_apart<Layout>(kCount);
+  constexpr int kSum = Group % sums_of_token<Layout>(kCount);
   __m512i codes;
-  if constexpr (kApart) {
+  if constexpr (scaled_sums<Layout>(kCount)) {
     codes = Layout::template scaled_codes<Group>(words);
   } else {
     codes = Layout::template codes<Group>(words);
   }
-  (multiply_add(acc[Token][kApart ? Group : 0], codes, broadcast_word(x + 4 * (Group * kCount + Token))), ...);
+  (multiply_add(acc[Token][kSum], codes, broadcast_word(x + 4 * (Group * kCount + Token))), ...);
 }
 
 template <class Layout, int... Group, int... Token>
@@ -184,17 +189,16 @@ template <class Layout, int... Group, int... Token>
   (multiply_group<Layout, Group>(acc, words, x, tokens), ...);
 }
 
-template <int... Group>
-[[gnu::always_inline]] inline void load_zeros(__m512i (&acc)[sizeof...(Group)], std::integer_sequence<int, Group...>) {
-  ((acc[Group] = _mm512_setzero_si512()), ...);
+template <int... Sum>
+[[gnu::always_inline]] inline void clear(__m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
+  ((acc[Sum] = _mm512_setzero_si512()), ...);
 }
 
-// The sum over the groups, each divided by what its codes were worth.
-template <class Layout, int... Group>
-[[gnu::always_inline]] inline __m512i add_groups(const __m512i (&acc)[sizeof...(Group)],
-                                                 std::integer_sequence<int, Group...>) {
+// A token's total, each sum divided by what its codes were worth.
+template <class Layout, bool Scaled, int... Sum>
+[[gnu::always_inline]] inline __m512i total(const __m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
   __m512i total = _mm512_setzero_si512();
-  ((total = _mm512_add_epi32(total, Layout::template unscaled<Group>(acc[Group]))), ...);
+  ((total = _mm512_add_epi32(total, Layout::template unscaled < Scaled ? Sum : 0 > (acc[Sum]))), ...);
   return total;
 }
 
@@ -206,15 +210,12 @@ template <class Layout, int... Token>
                                                      std::integer_sequence<int, Token...> tokens) {
   constexpr int kCount = sizeof...(Token);
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
+  constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(kCount)>();
   const __mmask16 mask = row_mask(rows);
   const __mmask16 earlier = begin == 0 ? 0 : 0xffff;
   __m512i invalid = _mm512_setzero_si512();
   Sums<Layout, kCount> acc;
-  if constexpr (sums_apart<Layout>(kCount)) {
-    (load_zeros(acc[Token], kEach), ...);
-  } else {
-    ((acc[Token][0] = _mm512_maskz_load_epi32(earlier, sums + Token * kTileRows)), ...);
-  }
+  (clear(acc[Token], kSums), ...);
   for (std::int64_t step = begin; step < end; ++step) {
     const std::uint8_t* bytes = tile + step * rows * 4;
     _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
@@ -222,12 +223,10 @@ template <class Layout, int... Token>
     invalid = Layout::collect(invalid, words);
     multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, kEach, tokens);
   }
-  if constexpr (sums_apart<Layout>(kCount)) {
-    ((acc[Token][0] = _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, sums + Token * kTileRows),
-                                       add_groups<Layout>(acc[Token], kEach))),
-     ...);
-  }
-  (_mm512_store_si512(sums + Token * kTileRows, acc[Token][0]), ...);
+  (_mm512_store_si512(sums + Token * kTileRows,
+                      _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, sums + Token * kTileRows),
+                                       total<Layout, scaled_sums<Layout>(kCount)>(acc[Token], kSums))),
+   ...);
   return invalid;
 }
 
