@@ -194,12 +194,20 @@ template <int... Sum>
   ((acc[Sum] = _mm512_setzero_si512()), ...);
 }
 
-// A token's total, each sum divided by what its codes were worth.
-template <class Layout, bool Scaled, int... Sum>
-[[gnu::always_inline]] inline __m512i total(const __m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
-  __m512i total = _mm512_setzero_si512();
-  ((total = _mm512_add_epi32(total, Layout::template unscaled < Scaled ? Sum : 0 > (acc[Sum]))), ...);
-  return total;
+// A sum divided by what its codes were worth.
+template <class Layout, int Tokens, int Sum>
+__m512i unscaled(__m512i sum) {
+  if constexpr (scaled_sums<Layout>(Tokens)) return Layout::template unscaled<Sum>(sum);
+  return sum;
+}
+
+// Adds the sums of a token to those of earlier steps.
+template <class Layout, int Tokens, int... Sum>
+[[gnu::always_inline]] inline void add_sums(const __m512i (&acc)[sizeof...(Sum)], __mmask16 earlier, std::int32_t* sums,
+                                            std::integer_sequence<int, Sum...>) {
+  __m512i total = _mm512_maskz_load_epi32(earlier, sums);
+  ((total = _mm512_add_epi32(total, unscaled<Layout, Tokens, Sum>(acc[Sum]))), ...);
+  _mm512_store_si512(sums, total);
 }
 
 // Steps [begin, end) of a tile of `rows` rows, added to the sums of earlier ones. Returns what Layout::collect
@@ -223,10 +231,7 @@ template <class Layout, int... Token>
     invalid = Layout::collect(invalid, words);
     multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, kEach, tokens);
   }
-  (_mm512_store_si512(sums + Token * kTileRows,
-                      _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, sums + Token * kTileRows),
-                                       total<Layout, scaled_sums<Layout>(kCount)>(acc[Token], kSums))),
-   ...);
+  (add_sums<Layout, kCount>(acc[Token], earlier, sums + Token * kTileRows, kSums), ...);
   return invalid;
 }
 

@@ -9,6 +9,7 @@
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
 #include "kernels/int8_avxvnni_evex.h"
+#include "kernels/tile_functions.h"
 #include "support.h"
 
 namespace bitcore {
@@ -204,14 +205,24 @@ INSTANTIATE_TEST_SUITE_P(
              std::to_string(shape.in_features) + "_config" + std::to_string(std::get<0>(test.param));
     });
 
-TEST_F(Kernels, EveryTokenCountUpToThreeTiles) {
+// Up to two of the largest tiles and one more.
+TEST_F(Kernels, EveryTokenCount) {
   for (const BitQuantConfig& config :
        {BitQuantConfig{}, BitQuantConfig{.activation_dtype = ActivationDtype::float32}}) {
     const Layer layer(config, 37, 83, 3);
-    for (std::int64_t tokens = 1; tokens <= 37; ++tokens) {
+    for (std::int64_t tokens = 1; tokens <= 2 * kMostDirectTokens + 1; ++tokens) {
       SCOPED_TRACE(tokens);
       check_all_kernels(layer, random_floats(tokens * 83, static_cast<unsigned>(tokens)));
     }
+  }
+}
+
+// More weights than a panel of packed ones holds, for several tiles of tokens and for one.
+TEST_F(Kernels, SeveralPanelsOfPackedWeights) {
+  const Layer layer({.activation_dtype = ActivationDtype::int8}, 661, 1203, 3);
+  for (const std::int64_t tokens : {1, 25, 49}) {
+    SCOPED_TRACE(tokens);
+    check_all_kernels(layer, random_floats(tokens * 1203, static_cast<unsigned>(tokens)));
   }
 }
 
@@ -304,7 +315,7 @@ void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::in
 // Around the k after which int16 sums are folded (AVX2: 64 groups of four; NEON: 128) and their multiples, with one to
 // many tokens, whole and partial tiles.
 TEST_F(Kernels, Int16SumsAtTheirBounds) {
-  for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 12, 13, 30}) {
+  for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 9, 11, 12, 13, 24, 25, 30}) {
     for (const std::int64_t bound : {256, 512, 1024}) {
       for (const std::int64_t k : {bound - 1, bound, bound + 1, bound + 16}) check_extreme_codes(tokens, 35, k);
     }
@@ -343,7 +354,7 @@ TEST_F(Kernels, InvalidCodesAreFound) {
   for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
     const BitQuantConfig config{.activation_dtype = dtype};
     Layer layer(config, kRows, kInFeatures, 2);
-    for (const std::int64_t tokens : {1, 3, 5, 14}) {
+    for (const std::int64_t tokens : {1, 3, 5, 14, 25}) {
       const Floats x = random_floats(tokens * kInFeatures, 3);
       std::int64_t code = 0;  // every place of a word in turn
       for (const std::int64_t row : {0, 3, 7, 8, 15, 16, 31, 32, 63, 64, 67, 68}) {
