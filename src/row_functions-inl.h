@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstddef>
 
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
@@ -108,6 +109,39 @@ inline void weights_of(const std::uint8_t* codes, std::int64_t count, DType dtyp
   }
 }
 
+/// Calls piece(first, count) for consecutive pieces of a row: their float32 copies stay in the L1 cache.
+inline constexpr std::int64_t kPiece = 512;
+
+template <class Function>
+inline void in_pieces(std::int64_t count, Function piece) {
+  for (std::int64_t first = 0; first < count; first += kPiece)
+    piece(first, count - first < kPiece ? count - first : kPiece);
+}
+
+inline void codes_as_floats(const std::int8_t* codes, std::int64_t count, DType dtype, void* out) {
+  in_pieces(count, [&](std::int64_t first, std::int64_t size) {
+    float values[kPiece];
+    for (std::int64_t k = 0; k < size; ++k) values[k] = static_cast<float>(codes[first + k]);
+    narrow(values, size, dtype, static_cast<std::byte*>(out) + first * static_cast<std::int64_t>(size_of(dtype)));
+  });
+}
+
+inline void scaled(const void* in, DType in_dtype, std::int64_t count, const float* factors, std::int64_t factor_step,
+                   DType out_dtype, void* out) {
+  in_pieces(count, [&](std::int64_t first, std::int64_t size) {
+    float values[kPiece];
+    widen(static_cast<const std::byte*>(in) + first * static_cast<std::int64_t>(size_of(in_dtype)), in_dtype, size,
+          values);
+    if (factor_step == 0) {
+      for (std::int64_t k = 0; k < size; ++k) values[k] *= factors[0];
+    } else {
+      for (std::int64_t k = 0; k < size; ++k) values[k] *= factors[first + k];
+    }
+    narrow(values, size, out_dtype,
+           static_cast<std::byte*>(out) + first * static_cast<std::int64_t>(size_of(out_dtype)));
+  });
+}
+
 constexpr RowFunctions make_row_functions() {
   return {
       .absolute_sum = absolute_sum,
@@ -119,6 +153,8 @@ constexpr RowFunctions make_row_functions() {
       .unpack_two_bit = unpack_two_bit,
       .unpack_base3 = unpack_base3,
       .weights_of = weights_of,
+      .codes_as_floats = codes_as_floats,
+      .scaled = scaled,
   };
 }
 

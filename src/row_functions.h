@@ -36,6 +36,13 @@ struct RowFunctions {
 
   /// out = codes - 1 as int8, float32, bfloat16 or float16.
   void (*weights_of)(const std::uint8_t* codes, std::int64_t count, DType dtype, void* out);
+
+  /// out = codes as float32, bfloat16 or float16: exact.
+  void (*codes_as_floats)(const std::int8_t* codes, std::int64_t count, DType dtype, void* out);
+
+  /// out = in * factor as float32, rounded once to out_dtype; element i takes factors[i * factor_step].
+  void (*scaled)(const void* in, DType in_dtype, std::int64_t count, const float* factors, std::int64_t factor_step,
+                 DType out_dtype, void* out);
 };
 
 extern const RowFunctions kPortableRowFunctions;  // row_functions_portable.cc

@@ -220,22 +220,6 @@ SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVe
 
 namespace {
 
-// dq(x) as float32 (M, in_features).
-std::vector<float> dequantized_x(const SavedTensors& saved, std::int64_t rows, std::int64_t cols) {
-  std::vector<float> x(static_cast<std::size_t>(rows * cols));
-  for (std::int64_t m = 0; m < rows; ++m) {
-    float* out = &x[static_cast<std::size_t>(m * cols)];
-    if (saved.x.data != nullptr) {
-      widen(saved.x.row(m), saved.x.dtype, cols, out);
-      continue;
-    }
-    const float scale = saved.x_scale[saved.x_scale.size() == 1 ? 0 : static_cast<std::size_t>(m)];
-    const std::int8_t* codes = &saved.qx[static_cast<std::size_t>(m * cols)];
-    for (std::int64_t k = 0; k < cols; ++k) out[k] = static_cast<float>(codes[k]) * scale;
-  }
-  return x;
-}
-
 // out[k] += factor * in[k]
 void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
   for (std::int64_t k = 0; k < count; ++k) out[k] += factor * in[k];
@@ -243,62 +227,142 @@ void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
 
 void check_gradient(MatrixView gradient, std::int64_t rows, std::int64_t cols, const char* argument) {
   if (gradient.data == nullptr) return;
-  check_dtype(gradient.dtype, DType::float32, argument);
+  check_floating(gradient.dtype, argument);
   check_shape(gradient.rows, gradient.cols, rows, cols, argument);
 }
 
-const float* float_row(ConstMatrixView m, std::int64_t row) { return reinterpret_cast<const float*>(m.row(row)); }
 float* float_row(MatrixView m, std::int64_t row) { return reinterpret_cast<float*>(m.row(row)); }
 
-// dX = dY @ dq(W)
-void backward_x(ConstMatrixView dy, const PreparedWeights& weights, MatrixView dx, Executor& executor) {
-  const PackedShape& shape = weights.shape;
-  for (std::int64_t m = 0; m < dx.rows; ++m) std::fill_n(float_row(dx, m), dx.cols, 0.0f);
+// A float32 matrix: of its own, or the view itself where that is float32.
+struct FloatMatrix {
+  std::vector<float> memory;
+  MatrixView view;
+
+  explicit FloatMatrix(MatrixView like) : view(like) {
+    if (like.dtype == DType::float32) return;
+    memory.resize(static_cast<std::size_t>(like.rows * like.cols));
+    view = {memory.data(), like.rows, like.cols};
+  }
+};
+
+struct Factors {
+  const float* values;
+  std::int64_t step;  // 0: one for all
+
+  explicit Factors(std::span<const float> scale) : values(scale.data()), step(scale.size() == 1 ? 0 : 1) {}
+  const float* at(std::int64_t index) const { return values + index * step; }
+};
+
+// dX = (dY * s_w) @ q_w
+void backward_x(ConstMatrixView dy, const BackwardInputs& inputs, const PackedShape& shape, MatrixView dx,
+                Executor& executor) {
+  const FloatMatrix sums(dx);
+  const Factors scale(inputs.qweight_scale);
   parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
-    std::vector<float> row(static_cast<std::size_t>(shape.in_features));
+    std::vector<float> weights(static_cast<std::size_t>(shape.in_features));
+    std::vector<float> scaled_dy(static_cast<std::size_t>((end - begin) * dy.cols));
+    for (std::int64_t m = begin; m < end; ++m) {
+      std::fill_n(float_row(sums.view, m), dx.cols, 0.0f);
+      row_functions().scaled(dy.row(m), dy.dtype, dy.cols, scale.values, scale.step, DType::float32,
+                             &scaled_dy[static_cast<std::size_t>((m - begin) * dy.cols)]);
+    }
     for (std::int64_t n = 0; n < shape.out_features; ++n) {
-      unpack_code_row(weights.qweight.data(), shape, n, codes.data());
-      const float scale = weights.scale[weights.scale.size() == 1 ? 0 : static_cast<std::size_t>(n)];
-      for (std::size_t k = 0; k < row.size(); ++k) row[k] = static_cast<float>(codes[k] - 1) * scale;
+      unpack_code_row(static_cast<const std::uint8_t*>(inputs.qweight.data), shape, n, codes.data());
+      row_functions().weights_of(codes.data(), shape.in_features, DType::float32, weights.data());
       for (std::int64_t m = begin; m < end; ++m) {
-        add_scaled(row.data(), float_row(dy, m)[n], shape.in_features, float_row(dx, m));
+        const float factor = scaled_dy[static_cast<std::size_t>((m - begin) * dy.cols + n)];
+        add_scaled(weights.data(), factor, shape.in_features, float_row(sums.view, m));
       }
+    }
+    for (std::int64_t m = begin; m < end && dx.dtype != DType::float32; ++m) {
+      narrow(float_row(sums.view, m), dx.cols, dx.dtype, dx.row(m));
     }
   });
 }
 
-// dW = dY^T @ dq(x)
-void backward_weight(ConstMatrixView dy, const SavedTensors& saved, MatrixView dweight, Executor& executor) {
-  const std::vector<float> x = dequantized_x(saved, dy.rows, dweight.cols);
+// dW = (dY * s_x)^T @ q_x
+void backward_weight(ConstMatrixView dy, const BackwardInputs& inputs, MatrixView dweight, Executor& executor) {
+  const FloatMatrix sums(dweight);
+  const bool int8 = inputs.qx.dtype == DType::int8;
+  const float one = 1.0f;
+  const Factors scale(int8 ? inputs.x_scale : std::span(&one, 1));
   parallel_ranges(executor, dweight.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t n = begin; n < end; ++n) {
-      std::fill_n(float_row(dweight, n), dweight.cols, 0.0f);
-      for (std::int64_t m = 0; m < dy.rows; ++m) {
-        add_scaled(&x[static_cast<std::size_t>(m * dweight.cols)], float_row(dy, m)[n], dweight.cols,
-                   float_row(dweight, n));
+    std::vector<float> x(static_cast<std::size_t>(dweight.cols)), scaled_dy(static_cast<std::size_t>(end - begin));
+    for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
+    const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);
+    for (std::int64_t m = 0; m < dy.rows; ++m) {
+      row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, scale.at(m), 0, DType::float32,
+                             scaled_dy.data());
+      if (int8) {
+        row_functions().codes_as_floats(reinterpret_cast<const std::int8_t*>(inputs.qx.row(m)), dweight.cols,
+                                        DType::float32, x.data());
+      } else {
+        widen(inputs.qx.row(m), inputs.qx.dtype, dweight.cols, x.data());
+      }
+      for (std::int64_t n = begin; n < end; ++n) {
+        add_scaled(x.data(), scaled_dy[static_cast<std::size_t>(n - begin)], dweight.cols, float_row(sums.view, n));
       }
     }
+    for (std::int64_t n = begin; n < end && dweight.dtype != DType::float32; ++n) {
+      narrow(float_row(sums.view, n), dweight.cols, dweight.dtype, dweight.row(n));
+    }
   });
+}
+
+// In float64: there may be many rows.
+void backward_bias(ConstMatrixView dy, float* dbias, Executor& executor) {
+  parallel_ranges(executor, dy.cols, 512, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<double> sums(static_cast<std::size_t>(end - begin));
+    std::vector<float> row(sums.size());
+    for (std::int64_t m = 0; m < dy.rows; ++m) {
+      widen(dy.row(m) + static_cast<std::size_t>(begin) * size_of(dy.dtype), dy.dtype, end - begin, row.data());
+      for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(row[n]);
+    }
+    for (std::size_t n = 0; n < sums.size(); ++n)
+      dbias[begin + static_cast<std::int64_t>(n)] = static_cast<float>(sums[n]);
+  });
+}
+
+// qx and its scale, as dweight needs them.
+void check_quantized_x(const BackwardInputs& inputs, std::int64_t rows, std::int64_t in_features,
+                       const BitQuantConfig& config) {
+  const bool int8 = config.activation_dtype == ActivationDtype::int8;
+  if (int8) check_dtype(inputs.qx.dtype, DType::int8, "qx");
+  if (!int8) check_floating(inputs.qx.dtype, "qx");
+  check_shape(inputs.qx.rows, inputs.qx.cols, rows, in_features, "qx");
+  check_size(static_cast<std::int64_t>(inputs.x_scale.size()), int8 ? x_scale_size(rows, config) : 0, "x_scale");
 }
 
 }  // namespace
 
+void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantConfig& config,
+              const Gradients& gradients, Executor& executor) {
+  check_floating(dy.dtype, "dy");
+  const auto& [dx, dweight, dbias] = gradients;
+  if (dx.data != nullptr) {
+    const PackedShape shape = read_trailer(inputs.qweight);
+    check_shape(dy.rows, dy.cols, dy.rows, shape.out_features, "dy");
+    check_qweight_scale(inputs.qweight_scale, shape.out_features, config);
+    check_gradient(dx, dy.rows, shape.in_features, "dx");
+    backward_x(dy, inputs, shape, dx, executor);
+  }
+  if (dweight.data != nullptr) {
+    check_quantized_x(inputs, dy.rows, inputs.qx.cols, config);
+    check_gradient(dweight, dy.cols, inputs.qx.cols, "dweight");
+    backward_weight(dy, inputs, dweight, executor);
+  }
+  if (dbias != nullptr) backward_bias(dy, dbias, executor);
+}
+
 void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
               Executor& executor) {
   const PackedShape& shape = saved.weights.shape;
-  check_dtype(dy.dtype, DType::float32, "dy");
   const bool int8 = config.activation_dtype == ActivationDtype::int8;
   const std::int64_t rows = int8 ? static_cast<std::int64_t>(saved.qx.size()) / shape.in_features : saved.x.rows;
   check_shape(dy.rows, dy.cols, rows, shape.out_features, "dy");
-  check_gradient(gradients.dx, rows, shape.in_features, "dx");
-  check_gradient(gradients.dweight, shape.out_features, shape.in_features, "dweight");
-  if (gradients.dx.data != nullptr) backward_x(dy, saved.weights, gradients.dx, executor);
-  if (gradients.dweight.data != nullptr) backward_weight(dy, saved, gradients.dweight, executor);
-  if (gradients.dbias != nullptr) {
-    std::fill_n(gradients.dbias, shape.out_features, 0.0f);
-    for (std::int64_t m = 0; m < rows; ++m) add_scaled(float_row(dy, m), 1.0f, shape.out_features, gradients.dbias);
-  }
+  const ConstMatrixView qx = int8 ? ConstMatrixView(saved.qx.data(), rows, shape.in_features) : saved.x;
+  backward(dy, {qx, saved.x_scale, saved.weights.view(), saved.weights.scale}, config, gradients, executor);
 }
 
 }  // namespace bitcore::bitlinear

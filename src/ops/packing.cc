@@ -77,6 +77,21 @@ PackedRow row_of(std::uint8_t* payload, const PackedShape& shape, std::int64_t r
   return {payload + tile * kTileRows * shape.payload_row_bytes + (row % kTileRows) * 4, tile_rows * 4};
 }
 
+// Some steps of a row.
+struct StepRange {
+  std::int64_t first;
+  std::int64_t count;
+};
+
+// Codes of a range of steps of one row; nonzero where one is invalid.
+std::uint32_t unpack_steps(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row, StepRange range,
+                           std::uint8_t* codes) {
+  const PackedRow in = row_of(const_cast<std::uint8_t*>(payload), shape, row);
+  const RowFunctions& functions = row_functions();
+  const auto unpack = shape.layout == Layout::base3 ? functions.unpack_base3 : functions.unpack_two_bit;
+  return unpack(in.first_word + range.first * in.word_stride, in.word_stride, range.count, codes);
+}
+
 }  // namespace
 
 Layout parse_layout(std::string_view text) {
@@ -148,10 +163,7 @@ void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int
 
 std::uint32_t unpack_code_row(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row,
                               std::uint8_t* codes) {
-  const PackedRow in = row_of(const_cast<std::uint8_t*>(payload), shape, row);
-  const RowFunctions& functions = row_functions();
-  const auto unpack = shape.layout == Layout::base3 ? functions.unpack_base3 : functions.unpack_two_bit;
-  return unpack(in.first_word, in.word_stride, shape.steps(), codes);
+  return unpack_steps(payload, shape, row, {0, shape.steps()}, codes);
 }
 
 void write_trailer(const PackedShape& shape, std::uint8_t* packed) {
@@ -257,16 +269,28 @@ std::vector<std::uint8_t> pack_weights(ConstMatrixView qweight, Layout layout) {
 void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify, Executor& executor) {
   if (qweight.dtype == DType::uint8) fail("the unpacked weight must be int8 or floating, got uint8");
   if (verify == Verify::every_byte) check_qweight(packed, qweight.cols);
-  const PackedShape shape = check_trailer(packed, qweight.cols);
-  check_shape(qweight.rows, qweight.cols, packed.rows, qweight.cols, "the unpacked weight");
+  unpack_columns(packed, qweight.cols, 0, qweight, executor);
+}
+
+void unpack_columns(ConstMatrixView packed, std::int64_t in_features, std::int64_t first, MatrixView columns,
+                    Executor& executor) {
+  if (columns.dtype == DType::uint8) fail("the unpacked weight must be int8 or floating, got uint8");
+  const PackedShape shape = check_trailer(packed, in_features);
+  check_shape(columns.rows, columns.cols, packed.rows, columns.cols, "the unpacked weight");
+  const std::int64_t codes_a_step = step_codes(shape.layout);
+  if (first < 0 || first % codes_a_step != 0 || columns.cols < 0 || columns.cols > in_features - first) {
+    fail("columns ", first, " to ", first + columns.cols, " of ", in_features, ", expected a range that begins at a ",
+         "multiple of ", codes_a_step);
+  }
+  const StepRange range = {first / codes_a_step, ceil_div(columns.cols, codes_a_step)};
   const std::int64_t tiles = ceil_div(shape.out_features, kTileRows);
-  parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 65536 / shape.in_features),
+  parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 4096 / std::max<std::int64_t>(1, columns.cols)),
                   [&](std::int64_t begin, std::int64_t end) {
-                    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
+                    std::vector<std::uint8_t> codes(static_cast<std::size_t>(range.count * codes_a_step));
                     const std::int64_t last = std::min(shape.out_features, end * kTileRows);
                     for (std::int64_t row = begin * kTileRows; row < last; ++row) {
-                      unpack_code_row(static_cast<const std::uint8_t*>(packed.data), shape, row, codes.data());
-                      row_functions().weights_of(codes.data(), shape.in_features, qweight.dtype, qweight.row(row));
+                      unpack_steps(static_cast<const std::uint8_t*>(packed.data), shape, row, range, codes.data());
+                      row_functions().weights_of(codes.data(), columns.cols, columns.dtype, columns.row(row));
                     }
                   });
 }

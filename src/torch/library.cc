@@ -32,7 +32,9 @@ struct Op<function> {
 
 // torch_bitlinear and torch_bitlinear_train are the same in plain torch operations on every device: TorchKernel.
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
-// its gradient to source. measure_multiply_adds and measure_read return operations and bytes per second.
+// its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating; a
+// gradient whose dtype is None is not computed, and has no elements. measure_multiply_adds and measure_read return
+// operations and bytes per second.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
@@ -58,6 +60,10 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
            "(Tensor y, Tensor qx, Tensor x_scale, Tensor qweight, Tensor qweight_scale)")
               .c_str());
   }
+  m.def(
+      "bitlinear_backward(Tensor dy, Tensor? x, Tensor? x_scale, Tensor qweight, Tensor qweight_scale, "
+      "int in_features, bool weight_per_channel, ScalarType? dx_dtype, ScalarType? dweight_dtype, "
+      "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("straight_through(Tensor value, Tensor source) -> Tensor");
   m.def("list_kernels() -> str");
   m.def("kernel_tile_calls(str kernel) -> int");
@@ -80,6 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
   m.impl("prepare_weights", TORCH_BOX(&Op<prepare_weights>::call));
   m.impl("bitlinear", TORCH_BOX(&Op<bitlinear>::call));
   m.impl("bitlinear_train", TORCH_BOX(&Op<bitlinear_train>::call));
+  m.impl("bitlinear_backward", TORCH_BOX(&Op<bitlinear_backward>::call));
   m.impl("measure_read", TORCH_BOX(&Op<measure_read>::call));
 }
 

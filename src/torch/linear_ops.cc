@@ -17,9 +17,7 @@ std::string kernel_name(std::optional<StringArgument> kernel) {
 // y of shape (*, out_features).
 Tensor empty_output(const Tensor& x, std::int64_t out_features, std::optional<ScalarType> out_dtype) {
   const ScalarType dtype = out_dtype.value_or(x.scalar_type());
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
-    throw QuantizationError("out_dtype must be float32, bfloat16 or float16");
-  }
+  check_floating_dtype(dtype, "out_dtype");
   return empty(replace_last(x, out_features), dtype);
 }
 

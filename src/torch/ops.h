@@ -42,6 +42,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
                                                                    std::optional<ScalarType> out_dtype,
                                                                    std::optional<StringArgument> kernel);
 
+// backward_ops.cc
+std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::optional<Tensor> x,
+                                                      std::optional<Tensor> x_scale, const Tensor& qweight,
+                                                      const Tensor& qweight_scale, std::int64_t in_features,
+                                                      bool weight_per_channel, std::optional<ScalarType> dx_dtype,
+                                                      std::optional<ScalarType> dweight_dtype,
+                                                      std::optional<ScalarType> dbias_dtype);
+
 // kernel_ops.cc
 std::string list_kernels();
 std::int64_t kernel_tile_calls(StringArgument kernel);

@@ -80,9 +80,7 @@ Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool chec
 }
 
 Tensor weight_codes(const Tensor& qweight, std::int64_t in_features, ScalarType dtype) {
-  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
-    throw QuantizationError("dtype must be float32, bfloat16 or float16");
-  }
+  check_floating_dtype(dtype, "dtype");
   const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
   Tensor codes = empty({packed.view.rows, in_features}, dtype);
   bitcore::unpack_weights(packed.view, output_rows(codes), Verify::trailer, torch_executor());

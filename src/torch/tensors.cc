@@ -108,10 +108,10 @@ Matrix matrix(const Tensor& tensor, DType dtype) {
   return {std::move(owner), view};
 }
 
-Matrix rows_of(const Tensor& tensor, DType dtype, const char* name) {
+Matrix rows_of(const Tensor& tensor, DType dtype, const char* name, bool of_features = true) {
   const std::int64_t rank = tensor.dim();
   if (rank == 0) fail(name, " has 0 dimensions, expected at least 1");
-  check_width(tensor.size(rank - 1), name, " features");
+  if (of_features) check_width(tensor.size(rank - 1), name, " features");
   if (rank == 2) return matrix(tensor, dtype);
   std::int64_t rows = 1;
   for (std::int64_t d = 0; d + 1 < rank; ++d) rows *= tensor.size(d);
@@ -156,6 +156,8 @@ Shape replace_last(const Tensor& x, std::int64_t last) {
 }
 
 Matrix floating_rows(const Tensor& x, const char* name) { return rows_of(x, floating_dtype(x, name), name); }
+
+Matrix gradient_rows(const Tensor& dy) { return rows_of(dy, floating_dtype(dy, "dy"), "dy", /*of_features=*/false); }
 
 Matrix code_rows(const Tensor& qx, const char* name) { return rows_of(qx, code_dtype(qx, name), name); }
 
@@ -212,6 +214,12 @@ Scale x_scale(const Tensor& scale, const Tensor& x, bool per_channel) {
     fail("scale has shape ", to_string(shape), ", expected ", to_string(expected), " for per_channel activations");
   }
   return checked;
+}
+
+void check_floating_dtype(ScalarType dtype, const char* name) {
+  if (dtype != ScalarType::Float && dtype != ScalarType::BFloat16 && dtype != ScalarType::Half) {
+    fail(name, " must be float32, bfloat16 or float16");
+  }
 }
 
 // The C function behind torch::stable::empty, without its way through the dispatcher: microseconds in a small layer.

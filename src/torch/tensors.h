@@ -41,6 +41,9 @@ Shape replace_last(const Tensor& x, std::int64_t last);
 /// x of any rank from 1, leading dimensions flattened; floating.
 Matrix floating_rows(const Tensor& x, const char* name);
 
+/// A gradient of y, likewise.
+Matrix gradient_rows(const Tensor& dy);
+
 /// The same for int8 codes.
 Matrix code_rows(const Tensor& qx, const char* name);
 
@@ -61,6 +64,9 @@ Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, boo
 
 /// float32; any one element per tensor; (*, 1) per channel.
 Scale x_scale(const Tensor& scale, const Tensor& x, bool per_channel);
+
+/// A dtype that quantization reads or writes: float32, bfloat16 or float16.
+void check_floating_dtype(ScalarType dtype, const char* name);
 
 /// An uninitialized, contiguous CPU tensor.
 Tensor empty(const Shape& shape, ScalarType dtype);

@@ -79,6 +79,39 @@ TEST(Backward, IsStraightThrough) {
   }
 }
 
+// Two-byte floats as float32, and back: rounded once.
+std::vector<std::uint16_t> narrowed(const Floats& values, DType dtype) {
+  std::vector<std::uint16_t> out(values.size());
+  const auto size = static_cast<std::int64_t>(values.size());
+  convert({values.data(), 1, size}, {out.data(), dtype, 1, size, size});
+  return out;
+}
+
+TEST(Backward, ReadsAndWritesEveryFloatingDtype) {
+  const Floats x = random_floats(kTokens * kIn, 1), weight = random_floats(kOut * kIn, 2);
+  for (const BitQuantConfig& config : all_configs()) {
+    SCOPED_TRACE(to_string(config));
+    Floats y(kTokens * kOut);
+    const auto saved = bitlinear::forward_training({x.data(), kTokens, kIn}, {weight.data(), kOut, kIn}, {}, config,
+                                                   {y.data(), kTokens, kOut});
+    for (const DType dtype : {DType::bfloat16, DType::float16}) {
+      const auto dy = narrowed(random_floats(kTokens * kOut, 3), dtype);
+      Floats wide_dy(dy.size()), dx(x.size()), dw(weight.size()), db(kOut), same_db(kOut);
+      const ConstMatrixView dy_view(dy.data(), dtype, kTokens, kOut, kOut);
+      convert(dy_view, {wide_dy.data(), kTokens, kOut});
+      bitlinear::backward({wide_dy.data(), kTokens, kOut}, saved, config,
+                          {{dx.data(), kTokens, kIn}, {dw.data(), kOut, kIn}, db.data()});
+      std::vector<std::uint16_t> narrow_dx(x.size()), narrow_dw(weight.size());
+      bitlinear::backward(
+          dy_view, saved, config,
+          {{narrow_dx.data(), dtype, kTokens, kIn, kIn}, {narrow_dw.data(), dtype, kOut, kIn, kIn}, same_db.data()});
+      EXPECT_EQ(narrow_dx, narrowed(dx, dtype));
+      EXPECT_EQ(narrow_dw, narrowed(dw, dtype));
+      EXPECT_EQ(same_db, db);
+    }
+  }
+}
+
 TEST(Backward, SkipsWhatIsNotAskedForAndChecksShapes) {
   const Floats x(kTokens * kIn, 1.0f), weight(kOut * kIn, 1.0f), dy(kTokens * kOut, 1.0f);
   Floats y(kTokens * kOut), db(kOut);

@@ -86,6 +86,36 @@ TEST_P(Packing, UnpackAndRepackInvertIt) {
   }
 }
 
+TEST_P(Packing, ColumnsAreThoseOfTheWhole) {
+  const Size& size = GetParam();
+  const Codes codes = random_codes(size.out_features * size.in_features, 3);
+  for (const Layout layout : kLayouts) {
+    if (!has_layout(size.in_features, layout)) continue;
+    const auto packed = pack_weights({codes.data(), size.out_features, size.in_features}, layout);
+    const std::int64_t step = step_codes(layout);
+    for (std::int64_t first = 0; first < size.in_features; first += step) {
+      const std::int64_t cols = std::min(size.in_features - first, 2 * step + 1);
+      Codes part(static_cast<std::size_t>(size.out_features * cols));
+      unpack_columns(view(packed, size.out_features), size.in_features, first, {part.data(), size.out_features, cols});
+      for (std::int64_t row = 0; row < size.out_features; ++row) {
+        for (std::int64_t col = 0; col < cols; ++col) {
+          ASSERT_EQ(part[static_cast<std::size_t>(row * cols + col)],
+                    codes[static_cast<std::size_t>(row * size.in_features + first + col)]);
+        }
+      }
+    }
+    Codes one(static_cast<std::size_t>(size.out_features));
+    const auto expect_refused = [&](std::int64_t first, std::int64_t cols) {
+      EXPECT_THROW(unpack_columns(view(packed, size.out_features), size.in_features, first,
+                                  {one.data(), size.out_features, cols}),
+                   QuantizationError);
+    };
+    expect_refused(1, 1);
+    expect_refused(-step, 1);
+    expect_refused(0, size.in_features + 1);
+  }
+}
+
 TEST(Layouts, TheSmallerOneExists) {
   for (std::int64_t in_features = 1; in_features <= 1000; ++in_features) {
     const std::int64_t two_bit = packed_shape(1, in_features, Layout::two_bit).payload_row_bytes;

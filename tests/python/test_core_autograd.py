@@ -7,7 +7,7 @@ from torch.autograd import forward_ad
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
-from bitcore.ops import _ops, base, bitlinear
+from bitcore.ops import _ops, _torch_ops, base, bitlinear
 from bitcore.testing import assert_same_bits
 from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer, plain_step
 
@@ -134,6 +134,81 @@ def test_a_float32_gradient_is_multiplied_in_float32_also_inside_autocast() -> N
         assert layer.x.grad is not None
         gradients.append(layer.x.grad)
     assert_same_bits(gradients[1], gradients[0])
+
+
+# Rows, out and in: both sides of the size up to which the engine's loops run, blocks of the weight's columns, of x's,
+# and of a product that is rounded to another dtype.
+SIZES = [(1, 1, 1), (5, 19, 37), (257, 3, 5), (40, 33, 129), (3, 2700, 407), (2, 6007, 401), (13000, 2, 357)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("config", CONFIGS[::3], ids=id_of)
+def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Against float64, and as torch's operations compute it; also of a dY that is expanded."""
+    rows, out_features, in_features = sizes
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out_features, in_features, generator=generator)
+    x = torch.randn(rows, in_features, generator=generator)
+    _, qx, x_scale, qweight, scale = _ops.bitlinear_train(x, weight, None, *config.flags)
+    int8 = config.activation_dtype == "int8"
+    kept, kept_scale = (qx, x_scale) if int8 else (x, None)
+    wide_x = qx.double() * x_scale.double() if int8 else x.double()
+    wide_weight = base.dequantize_weight(base.unpack_weights(qweight, in_features), scale, config).double()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    for dy in (
+        torch.randn(rows, out_features, generator=generator).to(dtype),
+        torch.ones((), dtype=dtype).expand(rows, 1),
+    ):
+        dy = dy.expand(rows, out_features)
+        arguments = (dy, kept, kept_scale, qweight, scale, in_features, config.flags[0])
+        expected = (dy.double() @ wide_weight, dy.double().T @ wide_x, dy.double().sum(0))
+        for dtypes in ((torch.float32,) * 3, (dtype,) * 3, (torch.float32, None, dtype), (None, dtype, None)):
+            found = _ops.bitlinear_backward(*arguments, *dtypes)
+            plain = _torch_ops.bitlinear_backward(*arguments, *dtypes)
+            for gradient, same, reference, wanted in zip(found, plain, expected, dtypes, strict=True):
+                if wanted is None:
+                    assert gradient.numel() == same.numel() == 0
+                    continue
+                assert gradient.dtype == same.dtype == wanted
+                _close(gradient, reference, tolerance)
+                _close(same, reference, tolerance)
+
+
+def test_operator_of_gradients_with_codes_and_leading_dimensions() -> None:
+    layer = make_layer(2, 3)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    dy = torch.randn(2, 3, 19)
+    rest = (None, None, scale, 37, False, torch.float32, None, torch.float32)
+    packed = _ops.bitlinear_backward(dy, *rest[:2], qweight, *rest[2:])
+    codes = _ops.bitlinear_backward(dy, *rest[:2], base.unpack_weights(qweight, 37), *rest[2:])
+    assert packed[0].shape == (2, 3, 37)
+    for one, other in zip(packed, codes, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.ones(5, 18)}, "dy has"),
+        ({1: torch.ones(5, 36, dtype=torch.int8)}, "x has"),
+        ({1: torch.ones(4, 37, dtype=torch.int8), 2: torch.ones(4, 1)}, "x has"),
+        ({1: None}, "x is None, dweight needs it"),
+        ({2: None}, "x_scale is None, int8 codes need it"),
+        ({4: torch.ones(2)}, "qweight_scale has shape"),
+        ({3: torch.zeros(19, 3, dtype=torch.uint8)}, "qweight"),
+        ({7: torch.int8}, "dx_dtype"),
+    ],
+)
+def test_the_operator_of_gradients_refuses(change: dict[int, object], message: str) -> None:
+    scale, qweight = bitlinear.prepare_weights(make_layer(5).weight, PER_TOKEN)
+    codes = torch.ones(5, 37, dtype=torch.int8)
+    arguments = [torch.ones(5, 19), codes, torch.ones(5, 1), qweight, scale, 37, False, *[torch.float32] * 3]
+    _ops.bitlinear_backward(*arguments)
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        _ops.bitlinear_backward(*arguments)
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -96,15 +96,29 @@ void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::
                        ConstMatrixView qweight, ConstVectorView bias, const BitQuantConfig& config, MatrixView y,
                        const Options& options = {});
 
-/// float32 gradients, each skipped where its data is null.
+/// What backward reads, wherever it lies.
+struct BackwardInputs {
+  ConstMatrixView qx;              ///< int8 (M, in_features); float32 activations: x itself. Only dweight needs it.
+  std::span<const float> x_scale;  ///< x_scale_size(M) floats; float32 activations: empty.
+  ConstMatrixView qweight;         ///< Packed. Only dx needs it, and its scale.
+  std::span<const float> qweight_scale;  ///< weight_scale_size() floats.
+};
+
+/// Gradients, each skipped where its data is null. Matrices of any floating dtype.
 struct Gradients {
   MatrixView dx;           ///< (M, in_features)
   MatrixView dweight;      ///< (out_features, in_features)
   float* dbias = nullptr;  ///< (out_features,)
 };
 
-/// Straight-through backward: dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY.
-/// @param dy float32 (M, out_features).
+/// Straight-through backward: dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY. The scales are folded into
+/// dY, all is computed in float32 (db in float64) and rounded once.
+/// @param dy Floating (M, out_features).
+/// @throws QuantizationError
+void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantConfig& config,
+              const Gradients& gradients, Executor& executor = default_executor());
+
+/// The same with what forward_training kept.
 void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
               Executor& executor = default_executor());
 

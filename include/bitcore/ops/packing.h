@@ -91,6 +91,12 @@ enum class Verify {
 void unpack_weights(ConstMatrixView packed, MatrixView qweight, Verify verify = Verify::every_byte,
                     Executor& executor = serial_executor());
 
+/// Columns [first, first + columns.cols) of what unpack_weights with Verify::trailer writes.
+/// @param first A multiple of step_codes() of the weight's layout.
+/// @throws QuantizationError as unpack_weights, and for columns that do not exist.
+void unpack_columns(ConstMatrixView packed, std::int64_t in_features, std::int64_t first, MatrixView columns,
+                    Executor& executor = serial_executor());
+
 /// Rewrites a packed weight in another layout.
 std::vector<std::uint8_t> repack(ConstMatrixView packed, std::int64_t in_features, Layout layout);
 

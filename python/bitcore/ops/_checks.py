@@ -113,7 +113,7 @@ def matrix(name: str, tensor: Tensor) -> tuple[int, int]:
     return rows, cols
 
 
-def same_device(x_name: str, x: Tensor, **others: Tensor | None) -> None:
+def same_device(x_name: str, x: Tensor, /, **others: Tensor | None) -> None:
     """All tensors on the device of the first."""
     for name, tensor in others.items():
         if tensor is not None:
@@ -262,6 +262,40 @@ def training(
     same_device("x", x, weight=weight, bias=bias)
     floating("weight", weight)
     return linear(x, "weight", *matrix("weight", weight), bias, out_dtype)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    qweight: Tensor,
+    qweight_scale: Tensor,
+    in_features: int,
+    weight_per_channel: bool,
+    dweight_dtype: torch.dtype | None,
+) -> None:
+    """All tensors of a backward call. x: as the training forward kept it, int8 codes or floating."""
+    same_device("dy", dy, x=x, x_scale=x_scale, qweight=qweight, qweight_scale=qweight_scale)
+    floating("dy", dy)
+    require(dy.ndim >= 1, "dy has 0 dimensions, expected at least 1")
+    if qweight.dtype == torch.uint8:
+        packed(qweight, in_features)
+    else:
+        plain_codes(qweight)
+        columns_found = matrix("qweight", qweight)[1]
+        require(columns_found == in_features, f"qweight has {columns_found} columns, in_features is {in_features}")
+    out_features = qweight.shape[0]
+    require(dy.shape[-1] == out_features, f"dy has {dy.shape[-1]} columns, qweight has {out_features} rows")
+    weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)
+    if x is None:
+        require(dweight_dtype is None, "x is None, dweight needs it")
+        return
+    shape = (*dy.shape[:-1], in_features)
+    require(tuple(x.shape) == shape, f"x has shape {tuple(x.shape)}, expected {shape}")
+    if x.dtype != torch.int8:
+        floating("x", x)
+    elif x_scale is None:
+        raise QuantizationError("x_scale is None, int8 codes need it")
 
 
 def plain_codes(qweight: Tensor) -> None:

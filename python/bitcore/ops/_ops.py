@@ -176,6 +176,7 @@ for _name in (
 for _prefix in _LAYER_PREFIXES:
     for _name in ("bitlinear", "bitlinear_train"):
         _lib.impl(_prefix + _name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
+_lib.impl("bitlinear_backward", _without_autocast(_torch_ops.bitlinear_backward), "CompositeExplicitAutograd")
 _lib.impl("straight_through", straight_through, "CompositeExplicitAutograd")
 
 
@@ -310,11 +311,35 @@ def _fake_bitlinear_train(
     )
 
 
+@_fake("bitlinear_backward")
+def _(
+    dy: Tensor,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    qweight: Tensor,
+    qweight_scale: Tensor,
+    in_features: int,
+    weight_per_channel: bool,
+    dx_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dweight_dtype)
+
+    def gradient(shape: list[int], dtype: torch.dtype | None) -> Tensor:
+        return dy.new_empty([0] if dtype is None else shape, dtype=dtype or torch.float32)
+
+    return (
+        gradient([*dy.shape[:-1], in_features], dx_dtype),
+        gradient([qweight.shape[0], in_features], dweight_dtype),
+        gradient([qweight.shape[0]], dbias_dtype),
+    )
+
+
 # ---- autograd: the straight-through estimator ------------------------------------------------------------------------
 #
-# dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: torch's own matmuls with the integer codes, which every
-# floating dtype holds exactly, the scales folded into dY. In float32, but in bfloat16 (with float32 sums) where dY is
-# bfloat16, which it is under autocast; rounded to the dtype of the argument.
+# dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY: one operator, bitlinear_backward, computes those that
+# are wanted.
 
 
 def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -326,10 +351,13 @@ def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     qweight_scale, qweight = ctx.saved_tensors
-    needs_x, _, _, needs_bias = ctx.needs_input_grad[:4]
-    with autocast_off(dy.device.type):
-        dx = _dx(ctx, dy, qweight_scale, qweight) if needs_x else None
-        return dx, None, None, _dbias(ctx, dy) if needs_bias else None, *[None] * 5
+    needs = ctx.needs_input_grad
+    dx_dtype = ctx.x_dtype if needs[0] else None
+    dbias_dtype = ctx.bias_dtype if needs[3] else None
+    dx, _, dbias = bitlinear_backward(
+        dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, dx_dtype, None, dbias_dtype
+    )
+    return dx if needs[0] else None, None, None, dbias if needs[3] else None, None, None, None, None, None
 
 
 def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -339,23 +367,40 @@ def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _save_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.weight_per_channel, ctx.int8_activations = inputs[:5]
+    x, weight, bias, ctx.weight_per_channel, int8_activations = inputs[:5]
     _, qx, x_scale, qweight, qweight_scale = output
-    ctx.save_for_backward(qx if ctx.int8_activations else x, x_scale, qweight, qweight_scale)
-    ctx.in_features, ctx.x_dtype, ctx.weight_dtype = x.shape[-1], x.dtype, weight.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(qx if int8_activations else x, x_scale, qweight, qweight_scale)
+    ctx.in_features, ctx.dtypes = x.shape[-1], (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
 
 def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if dy is None:
         return (None,) * 8
-    qx, x_scale, qweight, qweight_scale = ctx.saved_tensors
+    x, x_scale, qweight, qweight_scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    with autocast_off(dy.device.type):
-        dx = _dx(ctx, dy, qweight_scale, qweight) if needs_x else None
-        dweight = _dweight(ctx, dy, qx, x_scale) if needs_weight else None
-        return dx, dweight, _dbias(ctx, dy) if needs_bias else None, *[None] * 5
+    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    dx, dweight, dbias = bitlinear_backward(
+        dy,
+        x,
+        x_scale,
+        qweight,
+        qweight_scale,
+        ctx.in_features,
+        ctx.weight_per_channel,
+        x_dtype if needs_x else None,
+        weight_dtype if needs_weight else None,
+        bias_dtype if needs_bias else None,
+    )
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        *_NO_GRADIENTS,
+    )
+
+
+_NO_GRADIENTS = (None,) * 5  # of the arguments after x, weight and bias
 
 
 class _Inference(torch.autograd.Function):
@@ -371,7 +416,8 @@ class _Inference(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward_inference(ctx, dy), None
+        with torch._C._AutoDispatchBelowAutograd():
+            return *_backward_inference(ctx, dy), None
 
 
 class _Training(torch.autograd.Function):
@@ -387,37 +433,8 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward_training(ctx, dy), None
-
-
-def _dx(ctx: Any, dy: Tensor, qweight_scale: Tensor, qweight: Tensor) -> Tensor:
-    dtype = _matmul_dtype(dy)
-    if qweight.dtype == torch.uint8:
-        codes = torch.ops.bitcore.weight_codes(qweight, ctx.in_features, dtype)
-    else:
-        codes = qweight.to(dtype)
-    return _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if ctx.weight_per_channel else ())).to(ctx.x_dtype)
-
-
-def _dweight(ctx: Any, dy: Tensor, qx: Tensor, x_scale: Tensor) -> Tensor:
-    rows = dy.reshape(-1, dy.shape[-1])
-    if not ctx.int8_activations:
-        return (rows.float().t() @ qx.reshape(-1, ctx.in_features).float()).to(ctx.weight_dtype)
-    codes = qx.reshape(-1, ctx.in_features).to(_matmul_dtype(dy))
-    return _scaled_matmul(rows.t(), codes, x_scale.reshape(-1 if x_scale.ndim > 0 else ())).to(ctx.weight_dtype)
-
-
-def _matmul_dtype(dy: Tensor) -> torch.dtype:
-    return torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
-
-
-def _scaled_matmul(left: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """(left * scale) @ codes in the dtype of the codes. scale: (), or one for each column of left."""
-    return (left.float() * scale).to(codes.dtype) @ codes
-
-
-def _dbias(ctx: Any, dy: Tensor) -> Tensor:
-    return dy.float().reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+        with torch._C._AutoDispatchBelowAutograd():
+            return *_backward_training(ctx, dy), None
 
 
 def _refuse_second_derivative() -> None:
@@ -463,6 +480,7 @@ check_qweight = torch.ops.bitcore.check_qweight.default
 checked_scale = torch.ops.bitcore.checked_scale.default
 bitlinear = torch.ops.bitcore.bitlinear.default
 bitlinear_train = torch.ops.bitcore.bitlinear_train.default
+bitlinear_backward = torch.ops.bitcore.bitlinear_backward.default
 torch_bitlinear = torch.ops.bitcore.torch_bitlinear.default
 torch_bitlinear_train = torch.ops.bitcore.torch_bitlinear_train.default
 attach_gradient = torch.ops.bitcore.straight_through.default

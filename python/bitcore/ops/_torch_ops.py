@@ -259,3 +259,56 @@ def _integer_matmul(qx: Tensor, codes: Tensor) -> Tensor:
     if len(blocks) == 1:
         return blocks[0] + 0.0  # An integer zero has no sign; a sum of products with 0 may be -0.0.
     return torch.stack([block.to(torch.int32) for block in blocks]).sum(0, dtype=torch.int32).float()
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+#
+# torch's own matmuls with the integer codes, which every floating dtype holds exactly, the scales folded into dY. In
+# float32, but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast.
+
+
+def bitlinear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    x_scale: Tensor | None,
+    qweight: Tensor,
+    qweight_scale: Tensor,
+    in_features: int,
+    weight_per_channel: bool,
+    dx_dtype: torch.dtype | None,
+    dweight_dtype: torch.dtype | None,
+    dbias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dweight_dtype)
+    nothing = dy.new_empty(0, dtype=torch.float32)
+    dx = dweight = dbias = nothing
+    rows = dy.reshape(-1, dy.shape[-1])
+    if dx_dtype is not None:
+        codes = _codes_as(_matmul_dtype(dy), qweight, in_features)
+        dx = _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if weight_per_channel else ())).to(dx_dtype)
+    if dweight_dtype is not None:
+        assert x is not None
+        dweight = _dweight(rows, x.reshape(-1, in_features), x_scale).to(dweight_dtype)
+    if dbias_dtype is not None:
+        dbias = rows.float().sum(0).to(dbias_dtype)
+    return dx, dweight, dbias
+
+
+def _dweight(rows: Tensor, x: Tensor, x_scale: Tensor | None) -> Tensor:
+    if x.dtype != torch.int8:
+        return rows.float().t() @ x.float()
+    assert x_scale is not None
+    return _scaled_matmul(rows.t(), x.to(_matmul_dtype(rows)), x_scale.reshape(-1 if x_scale.ndim > 0 else ()))
+
+
+def _codes_as(dtype: torch.dtype, qweight: Tensor, in_features: int) -> Tensor:
+    return qweight.to(dtype) if qweight.dtype == torch.int8 else weight_codes(qweight, in_features, dtype)
+
+
+def _matmul_dtype(dy: Tensor) -> torch.dtype:
+    return torch.bfloat16 if dy.dtype == torch.bfloat16 else torch.float32
+
+
+def _scaled_matmul(left: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """(left * scale) @ codes in the dtype of the codes. scale: (), or one for each column of left."""
+    return (left.float() * scale).to(codes.dtype) @ codes
