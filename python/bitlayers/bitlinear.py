@@ -41,7 +41,7 @@ class _PackedCopy(NamedTuple):
             and self.version == weight._version
             and self.snapshot.data_ptr() == weight.data_ptr()
             and self.snapshot.dtype == weight.dtype
-            and self.config == config
+            and (self.config is config or self.config == config)
             and self.kernels == STATE.token
         )
 
@@ -169,12 +169,18 @@ class BitLinear(nn.Linear):
             KernelNotFoundError: no kernel covers the config.
         """
         config = self.quant_config
+        # What nn.Module's own look-up finds last it finds here at once; a computed one is an attribute of the class.
+        parameters, buffers = self._parameters, self._buffers
+        bias: Tensor | None = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (evaluates both)
+        qweight_scale, qweight = buffers["qweight_scale"], buffers["qweight"]
+        if qweight_scale is not None and qweight is not None and not self.training:
+            return bitlinear.forward(input, None, qweight_scale, qweight, bias, config)
+        weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         if self.training:
-            return bitlinear.forward(input, weight=self.weight, bias=self.bias, quant_config=config, training=True)
-        qweight_scale, qweight = self._inference_weights()
-        y = bitlinear.forward(input, qweight_scale=qweight_scale, qweight=qweight, bias=self.bias, quant_config=config)
-        if torch.is_grad_enabled() and self.qweight is None and self.weight.requires_grad:
-            return attach_weight_gradient(y, input, self.weight, config)
+            return bitlinear.forward(input, weight, bias=bias, quant_config=config, training=True)
+        y = bitlinear.forward(input, None, *self._packed_weights(weight), bias, config)
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return attach_weight_gradient(y, input, weight, config)
         return y
 
     def deploy(self) -> Self:
@@ -234,12 +240,8 @@ class BitLinear(nn.Linear):
         state = ", deployed" if self.is_deployed else ""
         return f"{super().extra_repr()}, weight=ternary {config.weight_granularity}, activations={activations}{state}"
 
-    def _inference_weights(self) -> tuple[Tensor, Tensor]:
-        """qweight_scale and qweight: the deployed ones, or a packed copy that is up to date."""
-        qweight_scale, qweight = self.qweight_scale, self.qweight
-        if qweight_scale is not None and qweight is not None:
-            return qweight_scale, qweight
-        weight = self.weight
+    def _packed_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """qweight_scale and qweight of a copy that is up to date."""
         # A traced graph must not hold today's weights as constants; an inference tensor does not tell when it changes.
         if torch.compiler.is_compiling() or weight.is_inference():
             return _prepare(weight, self.quant_config)

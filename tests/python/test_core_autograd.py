@@ -234,6 +234,25 @@ def test_forward_mode_derivatives_are_refused(name: str, kernel: str) -> None:
         bitlinear.forward(*layer[:2], bias=layer.bias, quant_config=PER_TOKEN, training=True)
 
 
+def test_transforms_are_refused_and_what_they_leave_behind_is_taken() -> None:
+    layer = _leaves(make_layer(3))
+    left_behind: list[Tensor] = []
+
+    def loss(x: Tensor) -> Tensor:
+        left_behind.append(x)
+        return (x * 2).sum()
+
+    def ours(x: Tensor) -> Tensor:
+        return bitlinear.forward(x, layer.weight, quant_config=PER_TOKEN, training=True).sum()
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(ours)(layer.x.detach())
+    torch.func.grad(loss)(layer.x.detach())
+    (expected,) = torch.autograd.grad(ours(layer.x.detach()), layer.weight)
+    (found,) = torch.autograd.grad(ours(left_behind[0]), layer.weight)
+    assert_same_bits(found, expected)
+
+
 def test_jvp_of_fake_quantization_is_refused() -> None:
     layer = make_layer(4)
     for function, value in ((base.fake_quantize_x, layer.x), (base.fake_quantize_weight, layer.weight)):

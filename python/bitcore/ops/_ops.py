@@ -7,7 +7,7 @@ src/torch/library.cc holds their schemas and what a CPU runs. Importing this mod
 - for the layer, the straight-through backward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
@@ -71,7 +71,7 @@ def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any
     if torch.compiler.is_compiling():
         return call(op, x, scale, qweight, bias, *rest)
     if torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)):
-        return _apply(_Inference, op, x, scale, qweight, bias, *rest)
+        return _Inference.apply(x, scale, qweight, bias, *rest, op)
     with torch._C._AutoDispatchBelowAutograd():
         return call(op, x, scale, qweight, bias, *rest)
 
@@ -85,16 +85,7 @@ def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any)
     refuse_tangents(x, weight, bias)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return call(op, x, weight, bias, *rest)[0]
-    return _apply(_Training, op, x, weight, bias, *rest)
-
-
-def _apply(function: type[torch.autograd.Function], op: Callable[..., Any], *args: Any) -> Any:
-    """The operator with its gradient as an autograd.Function: what torch makes of a registered gradient is the same
-    for every operator and costs a small layer several times the rest of the step. Compilers and direct calls of the
-    operator get the registered one, whose functions are the same.
-    """
-    schema = op._schema.arguments  # type: ignore[attr-defined]
-    return function.apply(*args, *[None] * (len(schema) - len(args)), op)
+    return _Training.apply(x, weight, bias, *rest, op)
 
 
 def _documented(error: RuntimeError) -> RuntimeError | BitLabError:
@@ -342,7 +333,7 @@ def _(
 # are wanted.
 
 
-def _keep_for_inference(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _keep_for_inference(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, qweight_scale, qweight, bias, ctx.weight_per_channel = inputs[:5]
     ctx.save_for_backward(qweight_scale, qweight)
     ctx.in_features, ctx.x_dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
@@ -366,11 +357,12 @@ def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     _save_for_training(ctx, inputs, output)
 
 
-def _save_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.weight_per_channel, int8_activations = inputs[:5]
+def _save_for_training(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, weight_per_channel, int8_activations = inputs[:5]
     _, qx, x_scale, qweight, qweight_scale = output
     ctx.save_for_backward(qx if int8_activations else x, x_scale, qweight, qweight_scale)
-    ctx.in_features, ctx.dtypes = x.shape[-1], (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+    bias_dtype = None if bias is None else bias.dtype
+    ctx.kept = x.shape[-1], weight_per_channel, x.dtype, weight.dtype, bias_dtype
 
 
 def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -379,15 +371,15 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
         return (None,) * 8
     x, x_scale, qweight, qweight_scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+    in_features, weight_per_channel, x_dtype, weight_dtype, bias_dtype = ctx.kept
     dx, dweight, dbias = bitlinear_backward(
         dy,
         x,
         x_scale,
         qweight,
         qweight_scale,
-        ctx.in_features,
-        ctx.weight_per_channel,
+        in_features,
+        weight_per_channel,
         x_dtype if needs_x else None,
         weight_dtype if needs_weight else None,
         bias_dtype if needs_bias else None,
@@ -403,7 +395,26 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
 _NO_GRADIENTS = (None,) * 5  # of the arguments after x, weight and bias
 
 
-class _Inference(torch.autograd.Function):
+# An operator with its gradient as an autograd.Function: what torch makes of a registered gradient is the same for every
+# operator and costs a small layer several times the rest of the step. Compilers and direct calls of the operator get
+# the registered one, whose functions are the same. Gradients of arguments that a call leaves out are None, which torch
+# ignores.
+
+
+class _Function(torch.autograd.Function):
+    """Without what torch's `apply` does for functions of other kinds, at every call."""
+
+    boxed_grads_call = False  # Torch asks for it in every backward, and a miss costs it an exception.
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """As torch's, which refuses the transforms of torch.func."""
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class _Inference(_Function):
     """The inference operator, which is the last argument, of the arguments before it."""
 
     @staticmethod
@@ -411,7 +422,7 @@ class _Inference(torch.autograd.Function):
         *inputs, op = arguments
         with torch._C._AutoDispatchBelowAutograd():
             y = call(op, *inputs)
-        _keep_for_inference(ctx, tuple(inputs), y)
+        _keep_for_inference(ctx, inputs, y)
         return y
 
     @staticmethod
@@ -420,7 +431,7 @@ class _Inference(torch.autograd.Function):
             return *_backward_inference(ctx, dy), None
 
 
-class _Training(torch.autograd.Function):
+class _Training(_Function):
     """The training operator, which is the last argument, of the arguments before it."""
 
     @staticmethod
@@ -428,7 +439,7 @@ class _Training(torch.autograd.Function):
         *inputs, op = arguments
         with torch._C._AutoDispatchBelowAutograd():
             outputs = call(op, *inputs)
-        _save_for_training(ctx, tuple(inputs), outputs)
+        _save_for_training(ctx, inputs, outputs)
         return outputs[0]
 
     @staticmethod

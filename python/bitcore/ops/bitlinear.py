@@ -94,9 +94,11 @@ def forward(
     if STATE.token:
         return _forward_registered(x, weight, qweight_scale, qweight, bias, require_config(quant_config), training)
     if training:
-        _checks.given(" (training=True)", x=x, weight=weight)
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+            _checks.given(" (training=True)", x=x, weight=weight)
         return _ops.train(_ops.bitlinear_train, x, weight, bias, *flags, _ops.autocast_dtype(x))
-    _checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
+    if not (isinstance(x, Tensor) and isinstance(qweight_scale, Tensor) and isinstance(qweight, Tensor)):
+        _checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
     return _ops.infer(_ops.bitlinear, x, qweight_scale, qweight, bias, *flags, _ops.autocast_dtype(x))
 
 
