@@ -401,7 +401,7 @@ _NO_GRADIENTS = (None,) * 5  # of the arguments after x, weight and bias
 # ignores.
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """Without what torch's `apply` does for functions of other kinds, at every call."""
 
     boxed_grads_call = False  # Torch asks for it in every backward, and a miss costs it an exception.
@@ -414,7 +414,7 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
 
 
-class _Inference(_Function):
+class _Inference(Function):
     """The inference operator, which is the last argument, of the arguments before it."""
 
     @staticmethod
@@ -431,7 +431,7 @@ class _Inference(_Function):
             return *_backward_inference(ctx, dy), None
 
 
-class _Training(_Function):
+class _Training(Function):
     """The training operator, which is the last argument, of the arguments before it."""
 
     @staticmethod

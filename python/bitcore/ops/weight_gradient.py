@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig
-from bitcore.ops._ops import autocast_off
+from bitcore.ops._ops import Function, autocast_off
 from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
 
 
@@ -24,7 +24,7 @@ def _(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channe
 
 
 def attach_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig) -> Tensor:
-    """A copy of y through which the straight-through gradient, dY^T @ dq(x), reaches the weight.
+    """y once more, through which the straight-through gradient, dY^T @ dq(x), reaches the weight.
 
     Args:
         y: (*, out_features), what inference on the packed weight returned for x.
@@ -32,6 +32,9 @@ def attach_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, config: BitQuan
         weight: (out_features, in_features), floating.
         config: The schema that y was computed with.
     """
+    if not torch.compiler.is_compiling():
+        direct: Tensor = _Attached.apply(y, x, weight, config)
+        return direct
     int8_activations = config.activation_dtype == "int8"
     output: Tensor = _attach(y, x, weight, int8_activations, config.activation_granularity == "per_channel")
     return output
@@ -66,6 +69,22 @@ def _dequantized(x: Tensor, config: BitQuantConfig) -> Tensor:
         return x.float()
     scale = compute_x_scale(x, config)
     return dequantize_x(quantize_x(x, scale, config), scale, config)
+
+
+class _Attached(Function):
+    """The operator without its way through torch's registered gradients: several times the rest of a small layer."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y, x, weight, ctx.config = arguments
+        ctx.save_for_backward(x)
+        ctx.weight_dtype = weight.dtype
+        output: Tensor = y.detach()
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, dy)
 
 
 _attach.register_autograd(_backward, setup_context=_keep)
