@@ -5,27 +5,31 @@ No time is asserted: tests run on machines that do other things as well.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
 import sys
+import types
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.ops import base
-from bitlab.bench import contenders, machine, results, timing
+from bitlab.bench import contenders, machine, overhead, report, results, timing, training
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
 from bitlab.bench.limits import FAMILIES, PATHS, best_path, bound, kernel_path, peak_sampler, supported_paths
 from bitlab.bench.options import BenchOptions, UsageError
 from bitlab.bench.peers import PEERS, Peer, selected
-from bitlab.bench.results import Case, Limit, Measurement
+from bitlab.bench.peers.transformers_bitnet import MODULE
+from bitlab.bench.results import Case, Limit, Measurement, TrainingMeasurement
 from bitlab.cli import main
 from bitlab.times import Spread
 from support import NATIVE_KERNELS, torch_threads
@@ -57,7 +61,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     found = bench(tmp_path)
     assert set(found) == {
         *("machine", "command", "date", "seconds", "settings", "weights_from"),
-        *("limits", "measurements", "dispatch", "skipped"),
+        *("limits", "measurements", "dispatch", "training", "overhead", "skipped"),
     }
     assert found["machine"]["cpu"]
     assert found["machine"]["torch"] == torch.__version__
@@ -418,6 +422,125 @@ def test_bound_by_hand() -> None:
     assert astuple(bound(1000, 4000, 10, 80)) == (pytest.approx(0.1), "memory")
 
 
+# --- training and overhead --------------------------------------------------------------------------------------------
+
+
+class FakeAutoBitLinear(torch.nn.Linear):
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, online_quant: bool) -> None:
+        assert online_quant  # Otherwise it does not quantize its weight.
+        super().__init__(in_features, out_features, bias)
+
+
+def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType(MODULE)
+    module.AutoBitLinear = FakeAutoBitLinear  # type: ignore[attr-defined]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(importlib, "import_module", lambda name: {MODULE: module}[name])
+    found = bench(tmp_path, "--training", "--threads", "1,2")
+    assert found["measurements"] == found["limits"] == found["dispatch"] == found["overhead"] == found["skipped"] == []
+    entries = found["training"]
+    names = ["BitLinear", "nn.Linear", "plain straight-through", "transformers AutoBitLinear"]
+    keys = [(e["threads"], e["rows"], e["precision"], e["name"]) for e in entries]
+    precisions = ("float32", "bfloat16 autocast")
+    assert keys == [(t, r, p, name) for t in (1, 2) for r in (1, 5) for p in precisions for name in names]
+    for entry in entries:
+        assert (entry["out_features"], entry["in_features"]) == (64, 256)
+        assert 0 < entry["p10_us"] <= entry["median_us"] <= entry["p90_us"]
+        assert entry["kept_bytes"] > 0
+    output = capsys.readouterr().out
+    for text in (*names[:2], "Training: forward + backward", "bfloat16 autocast", "x bytes"):
+        assert text in output
+    assert not (tmp_path / "roofline.png").exists()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_training_without_transformers(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr(importlib, "import_module", lambda _: types.ModuleType("without"))
+    layers, reasons = training.available_layers()
+    assert list(layers) == ["BitLinear", "nn.Linear", "plain straight-through"]
+    (reason,) = reasons.values()
+    assert ("cannot be imported" if installed else "is not installed") in reason
+
+
+def test_bytes_kept_by_hand() -> None:
+    """Of 5 rows, 256 in and 64 out."""
+    x = make_x(5, 256).requires_grad_()
+    kept = {
+        name: training.Step(make(64, 256), x, None).kept_bytes() for name, make in list(training.LAYERS.items())[:3]
+    }
+    # Codes and scales of x, the packed weight with its trailer, the weight's scale.
+    assert kept["BitLinear"] == 5 * 256 + 5 * 4 + 64 * (64 + 1) + 4
+    assert kept["nn.Linear"] == 4 * 5 * 256  # x; the weight is a parameter.
+    assert kept["plain straight-through"] == 4 * (5 * 256 + 64 * 256)  # Both, fake quantized.
+    wide = training.Step(training.LAYERS["nn.Linear"](64, 256), x, torch.bfloat16)
+    assert wide.kept_bytes() == 2 * (5 * 256 + 64 * 256)  # Both as copies.
+
+
+def test_all_layers_of_training_give_gradients_to_x_and_weight() -> None:
+    x = make_x(5, 256).requires_grad_()
+    torch.manual_seed(0)
+    ours = training.LAYERS["BitLinear"](64, 256)
+    plain = training.LAYERS["plain straight-through"](64, 256)
+    plain.load_state_dict(ours.state_dict())
+    gradients = []
+    for layer in (ours, plain):
+        y = training.Step(layer, x, None).forward()
+        gradients.append((y, *torch.autograd.grad(y, (x, *layer.parameters()), torch.ones_like(y))))
+        assert training.Step(layer, x, None).call()().shape == x.shape
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+def test_training_ratios() -> None:
+    def entry(name: str, us: float, kept_bytes: int) -> TrainingMeasurement:
+        return TrainingMeasurement(CASE, name, "float32", Spread(us, us, us, 1), kept_bytes)
+
+    found = [entry("A", 10, 100), entry("B", 25, 50)]
+    assert results.training_ratios(found, of="A") == {(CASE, "float32", "B"): (2.5, 0.5)}
+    assert results.training_ratios(found, of="C") == {}
+    nothing_kept = results.training_ratios([entry("A", 10, 0), entry("B", 25, 50)], of="A")
+    assert math.isnan(nothing_kept[CASE, "float32", "B"][1])
+
+
+def test_overhead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = bench(tmp_path, "--overhead")
+    entries = found["overhead"]
+    assert [(e["mode"], e["name"]) for e in entries] == [
+        ("no_grad", "nn.Linear"),
+        ("no_grad", "BitLinear, evaluation"),
+        ("no_grad", "BitLinear, deployed"),
+        ("no_grad", "torch.ops.bitcore.bitlinear"),
+        ("forward + backward", "nn.Linear"),
+        ("forward + backward", "BitLinear, training"),
+        ("forward + backward", "BitLinear, evaluation"),
+        ("forward + backward", "BitLinear, deployed"),
+    ]
+    linear = {e["mode"]: e["median_us"] for e in entries if e["name"] == "nn.Linear"}
+    for entry in entries:
+        assert entry["above_linear_us"] == pytest.approx(entry["median_us"] - linear[entry["mode"]])
+        assert entry["repetitions"] == 2
+    assert "above nn.Linear" in capsys.readouterr().out
+
+
+def test_what_overhead_times() -> None:
+    """Only steps record gradients, and every call returns the layer's y."""
+    for (mode, name), call in overhead.calls().items():
+        y = call()
+        assert y.shape == (8, 8), name
+        assert y.requires_grad == (mode == "forward + backward"), name
+
+
+def test_a_dispatch_that_is_slower_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    found = [measured("A", 10.6, dispatched=True), measured("B", 10.0)]
+    found += [measured("A", 14.0, "1.6bit", dispatched=True), measured("B", 10.0, "1.6bit")]
+    run = results.Results(machine.describe(), "", "", BenchOptions(), "", measurements=found)
+    report.print_dispatch(run, Console(width=120))
+    text = " ".join(capsys.readouterr().out.split())
+    assert "in 0 of 2 cases the dispatched kernel is at most 5 % slower" in text
+    assert "Of the 2 others, 1 may be noise (the middle 80 % of both times overlap); in 1 it is slower" in text
+
+
 # --- what follows -----------------------------------------------------------------------------------------------------
 
 CASE = Case(out_features=100, in_features=200, rows=3, threads=1)
@@ -428,7 +551,7 @@ def contender(name: str, layout: str = "2bit", *, dispatched: bool = False, is_p
 
 
 def measured(name: str, us: float, layout: str = "2bit", *, dispatched: bool = False) -> Measurement:
-    spread = Spread(us, us, us, 1)
+    spread = Spread(us, 0.95 * us, 1.05 * us, 9)
     return Measurement(CASE, contender(name, layout, dispatched=dispatched), 5000, spread, None)
 
 
@@ -459,6 +582,9 @@ def test_dispatch_checks() -> None:
     assert (first.layout, first.dispatched, first.best) == ("2bit", "A", "B")
     assert first.percent_slower == pytest.approx(6.0)
     assert not first.within_allowance
+    assert first.ranges_overlap  # 10.07 to 11.13 and 9.5 to 10.5
+    (apart,) = results.dispatch_checks([measured("A", 12.0, dispatched=True), measured("B", 10.0)])
+    assert (apart.within_allowance, apart.ranges_overlap) == (False, False)
     assert (second.layout, second.within_allowance) == ("1.6bit", True)
     assert results.dispatch_checks(found[:1]) == []
     assert results.dispatch_checks(found[1:3]) == []

@@ -2,8 +2,9 @@
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import product
 
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from bitcore.kernels.base import BitKernelBase
-from bitlab.bench import contenders, machine, report, results
+from bitlab.bench import contenders, machine, overhead, report, results, training
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import Prepared, make_layer, make_x
 from bitlab.bench.limits import READ, READ_IN_CACHE, peak_sampler, read_sampler
@@ -38,21 +39,24 @@ def run(options: BenchOptions, command: Sequence[str], console: Console) -> int:
         UsageError: the options name a kernel that cannot be measured, a module that cannot be imported, or nothing.
     """
     contenders.import_modules(options.imports)
-    kernels = contenders.choose_kernels(options)
-    options.output.mkdir(parents=True, exist_ok=True)
-    peers, missing = contenders.available(selected(options.peers))
     found = _new_results(options, command)
-    found.skipped.update(missing)
+    measure = _measure_layers if options.training or options.overhead else _prepare_kernels(found)
+    options.output.mkdir(parents=True, exist_ok=True)
     report.print_machine(found, console)
-    with torch.inference_mode(), _threads_kept():
-        _measure(found, kernels, peers, console)
+    start = time.perf_counter()
+    with _threads_kept():
+        measure(found, console)
+    found.seconds = time.perf_counter() - start
     report.print_limits(found, console)
     report.print_measurements(found, console)
     report.print_dispatch(found, console)
+    report.print_training(found.training, console)
+    report.print_overhead(found.overhead, console)
     report.print_skipped(found.skipped, console)
     results.write(found, options.output / JSON_FILE)
     console.print(f"Figures: {options.output / JSON_FILE}", highlight=False, soft_wrap=True)
-    _draw(found, console)
+    if found.measurements:
+        _draw(found, console)
     console.print(f"Took {found.seconds:.0f} s.", highlight=False)
     return 0
 
@@ -74,13 +78,46 @@ def _threads_kept() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _prepare_kernels(found: Results) -> Callable[[Results, Console], None]:
+    """Finds kernels and peers, and returns what measures them."""
+    kernels = contenders.choose_kernels(found.options)
+    peers, missing = contenders.available(selected(found.options.peers))
+    found.skipped.update(missing)
+
+    def measure(found: Results, console: Console) -> None:
+        with torch.inference_mode():
+            _measure(found, kernels, peers, console)
+
+    return measure
+
+
+def _measure_layers(found: Results, console: Console) -> None:
+    """The layer as a whole, in training and where it is tiny."""
+    options = found.options
+    parts = options.training + options.overhead
+    with _progress(console) as progress:
+        if options.training:
+            cases = len(options.shapes) * len(options.rows) * len(options.threads) * len(training.PRECISIONS)
+            task = progress.add_task("", total=cases)
+            found.skipped.update(training.available_layers()[1])
+            share = replace(options, seconds=options.seconds / parts)
+            found.training += training.measure(share, lambda: progress.advance(task))
+        if options.overhead:
+            task = progress.add_task("", total=1)
+            found.overhead += overhead.measure(replace(options, seconds=options.seconds / parts))
+            progress.advance(task)
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
 def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: list[Peer], console: Console) -> None:
-    start = time.perf_counter()
     options = found.options
     rotated = 0 if options.in_cache else 2 * found.machine.last_level_cache_bytes
     per_shape = list(product(options.threads, options.rows))
-    columns = (TextColumn("Measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("cases"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("", total=len(options.shapes) * len(per_shape))
         for out_features, in_features in options.shapes:
             layer = make_layer(out_features, in_features, rotated)
@@ -97,7 +134,6 @@ def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: lis
                 torch.set_num_threads(threads)
                 _measure_case(found, Case(out_features, in_features, rows, threads), prepared, data.copies)
                 progress.advance(task)
-    found.seconds = time.perf_counter() - start
 
 
 def _measure_case(found: Results, case: Case, prepared: dict[Contender, Prepared], data: Tensor) -> None:

@@ -31,6 +31,8 @@ class BenchOptions:
     peers: tuple[str, ...] = ("torch",)
     imports: tuple[str, ...] = ()
     in_cache: bool = False
+    training: bool = False
+    overhead: bool = False
     repetitions: int | None = None
     seconds: float = 60.0
     output: Path = Path("bench-output")
@@ -76,6 +78,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--in-cache", action="store_true", help="use one copy of the weights instead of reading them from memory"
     )
+    parser.add_argument(
+        "--training",
+        action="store_true",
+        help="time forward and backward of the layer next to nn.Linear, a plain straight-through layer and "
+        "transformers' AutoBitLinear, instead of the kernels",
+    )
+    parser.add_argument(
+        "--overhead",
+        action="store_true",
+        help="time calls of an 8 x 8 layer next to nn.Linear's, instead of the kernels",
+    )
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument("--seconds", type=_seconds, default=60.0, help="time to measure for, about (%(default)s)")
     amount.add_argument("--repetitions", type=_count, help="turns of every subject in every case, instead of --seconds")
@@ -94,6 +107,8 @@ def to_options(arguments: argparse.Namespace) -> BenchOptions:
         peers=arguments.peers,
         imports=tuple(arguments.imports),
         in_cache=arguments.in_cache,
+        training=arguments.training,
+        overhead=arguments.overhead,
         repetitions=arguments.repetitions,
         seconds=arguments.seconds,
         output=arguments.output,

@@ -10,12 +10,16 @@ from bitlab.bench.results import (
     RATIOS_TO,
     SLOWER_ALLOWED_PERCENT,
     Measurement,
+    OverheadMeasurement,
     Results,
+    TrainingMeasurement,
     dispatch_checks,
     overall_limits,
     reached,
+    training_ratios,
     unit,
 )
+from bitlab.bench.training import BITLINEAR
 from bitlab.times import format_spread
 
 RATIO_HEADINGS = ("x f32", "x bf16", "x i8")  # Of RATIOS_TO.
@@ -45,6 +49,8 @@ def print_skipped(skipped: dict[str, str], console: Console) -> None:
 
 def print_limits(results: Results, console: Console) -> None:
     """Every limit for every number of threads."""
+    if not results.limits:
+        return
     overall = overall_limits(results.limits)
     threads = sorted({count for _, count in overall})
     names = sorted({name for name, _ in overall}, key=lambda name: (name not in (READ, READ_IN_CACHE), name))
@@ -78,6 +84,8 @@ def _print_published(results: Results, console: Console) -> None:
 
 def print_measurements(results: Results, console: Console) -> None:
     """A table for each shape and number of threads."""
+    if not results.measurements:
+        return
     groups: dict[tuple[int, int, int], list[Measurement]] = {}
     for m in results.measurements:
         groups.setdefault((m.case.out_features, m.case.in_features, m.case.threads), []).append(m)
@@ -138,15 +146,75 @@ def print_dispatch(results: Results, console: Console) -> None:
     )
     if not slower:
         return
+    apart = [check for check in slower if not check.ranges_overlap]
+    console.print(
+        f"Of the {len(slower)} others, {len(slower) - len(apart)} may be noise (the middle 80 % of both times "
+        f"overlap); in {len(apart)} it is slower beyond noise.",
+        highlight=False,
+    )
     table = _table(f"Where it is more than {SLOWER_ALLOWED_PERCENT:.0f} % slower")
-    for heading in ("out x in", "rows", "threads", "activations", "layout", "dispatched", "best", "slower by"):
+    for heading in ("out x in", "rows", "threads", "activations", "layout", "dispatched", "best", "slower by", "noise"):
         table.add_column(heading)
     for check in slower:
         case = check.case
         shape = f"{case.out_features} x {case.in_features}"
         numbers = (shape, str(case.rows), str(case.threads))
         texts = (check.activations, check.layout, check.dispatched, check.best)
-        table.add_row(*numbers, *texts, f"[red]{check.percent_slower:.0f} %[/red]")
+        noise = "may be" if check.ranges_overlap else "no"
+        table.add_row(*numbers, *texts, f"[red]{check.percent_slower:.0f} %[/red]", noise)
+    console.print(table)
+
+
+def print_training(found: list[TrainingMeasurement], console: Console) -> None:
+    """A table of all cases and precisions."""
+    if not found:
+        return
+    ratios = training_ratios(found, of=BITLINEAR)
+    table = _table("Training: forward + backward", box_style=box.SIMPLE_HEAD)
+    for heading in ("out x in", "rows", "threads", "precision", "layer"):
+        table.add_column(heading)
+    for heading in ("time", "x time", "kept MB", "x bytes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for m in found:
+        key, case = (m.case, m.precision), m.case
+        if previous is not None and key != previous:
+            table.add_section()
+        first = (f"{case.out_features} x {case.in_features}", str(case.rows), str(case.threads), m.precision)
+        time_ratio, bytes_ratio = ratios.get((*key, m.name), (None, None))
+        table.add_row(
+            *(first if key != previous else ("",) * 4),
+            f"[bold]{m.name}[/bold]" if m.name == BITLINEAR else m.name,
+            format_spread(m.time.median, m.time.low, m.time.high),
+            "" if time_ratio is None else f"{time_ratio:.2f}",
+            f"{m.kept_bytes / 1e6:.1f}",
+            "" if bytes_ratio is None else f"{bytes_ratio:.1f}",
+        )
+        previous = key
+    console.print(table)
+    console.print(
+        "x: how many times the time or the bytes of BitLinear. kept: what autograd saves in forward for backward, each "
+        "storage once, but the parameters. Gradients of x and of the weight are computed.",
+        highlight=False,
+    )
+
+
+def print_overhead(found: list[OverheadMeasurement], console: Console) -> None:
+    """What each way of calling a tiny layer takes."""
+    if not found:
+        return
+    table = _table("Overhead: a call of an 8 x 8 layer with 8 rows, from Python", box_style=box.SIMPLE_HEAD)
+    table.add_column("mode")
+    table.add_column("call")
+    for heading in ("us (middle 80 %)", "above nn.Linear"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    previous = None
+    for m in found:
+        if previous is not None and m.mode != previous:
+            table.add_section()
+        times = f"{m.time.median:.1f} ({m.time.low:.1f} - {m.time.high:.1f})"
+        table.add_row(m.mode if m.mode != previous else "", m.name, times, f"{m.above_linear_us:+.1f}")
+        previous = m.mode
     console.print(table)
 
 

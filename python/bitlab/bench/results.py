@@ -1,6 +1,7 @@
 """What was measured, and what follows from it."""
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -83,8 +84,47 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class TrainingMeasurement:
+    """One layer's forward and backward.
+
+    Attributes:
+        precision: "float32" or "bfloat16 autocast".
+        time: Microseconds of both together.
+        kept_bytes: What forward keeps for backward beside the parameters.
+    """
+
+    case: Case
+    name: str
+    precision: str
+    time: Spread
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class OverheadMeasurement:
+    """One way to call a tiny layer.
+
+    Attributes:
+        mode: "no_grad" or "forward + backward".
+        time: Microseconds of a call.
+        above_linear_us: Its median minus that of `nn.Linear` in the same mode.
+    """
+
+    mode: str
+    name: str
+    time: Spread
+    above_linear_us: float
+
+
+@dataclass(frozen=True)
 class DispatchCheck:
-    """The dispatched kernel next to the fastest one that was forced, in one case, layout and activation dtype."""
+    """The dispatched kernel next to the fastest one that was forced, in one case, layout and activation dtype.
+
+    Attributes:
+        percent_slower: Of the medians.
+        ranges_overlap: Whether the middle 80 % of their times have something in common: then the difference may be
+            the machine's noise.
+    """
 
     case: Case
     activations: str
@@ -92,6 +132,7 @@ class DispatchCheck:
     dispatched: str
     best: str
     percent_slower: float
+    ranges_overlap: bool
 
     @property
     def within_allowance(self) -> bool:
@@ -110,6 +151,8 @@ class Results:
     weights_from: str
     limits: list[Limit] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
+    training: list[TrainingMeasurement] = field(default_factory=list)
+    overhead: list[OverheadMeasurement] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
@@ -151,7 +194,24 @@ def _dispatch_check(key: tuple[Case, str, str], members: list[Measurement]) -> D
         return None
     best = min(members, key=lambda m: m.time.median)
     slower = 100 * (chosen.time.median / best.time.median - 1)
-    return DispatchCheck(*key, chosen.contender.name, best.contender.name, slower)
+    overlap = best.time.high >= chosen.time.low
+    return DispatchCheck(*key, chosen.contender.name, best.contender.name, slower, overlap)
+
+
+def training_ratios(found: Iterable[TrainingMeasurement], of: str) -> dict[tuple[Case, str, str], tuple[float, float]]:
+    """How many times the time and the kept bytes of the layer called `of` each other layer has.
+
+    By case, precision and name. Bytes: NaN where `of` keeps none.
+    """
+    found = list(found)
+    base = {(m.case, m.precision): m for m in found if m.name == of}
+    ratios = {}
+    for m in found:
+        ours = base.get((m.case, m.precision))
+        if ours is not None and m.name != of:
+            bytes_ratio = m.kept_bytes / ours.kept_bytes if ours.kept_bytes else math.nan
+            ratios[m.case, m.precision, m.name] = m.time.median / ours.time.median, bytes_ratio
+    return ratios
 
 
 def reached(name: str, threads: int, value: float) -> bool | None:
@@ -184,6 +244,8 @@ def _to_json(results: Results) -> dict[str, Any]:
         "limits": [_limit(limit) for limit in results.limits],
         "measurements": [_measurement(m) for m in results.measurements],
         "dispatch": [_dispatch(check) for check in dispatch_checks(results.measurements)],
+        "training": [_training(m) for m in results.training],
+        "overhead": [_overhead(m) for m in results.overhead],
         "skipped": [{"name": name, "reason": reason} for name, reason in results.skipped.items()],
     }
 
@@ -210,6 +272,20 @@ def _measurement(m: Measurement) -> dict[str, Any]:
 def _dispatch(check: DispatchCheck) -> dict[str, Any]:
     flat = asdict(check)
     return flat.pop("case") | flat | {"within_allowance": check.within_allowance}
+
+
+def _training(m: TrainingMeasurement) -> dict[str, Any]:
+    return {
+        **asdict(m.case),
+        "name": m.name,
+        "precision": m.precision,
+        **_spread(m.time, "_us"),
+        "kept_bytes": m.kept_bytes,
+    }
+
+
+def _overhead(m: OverheadMeasurement) -> dict[str, Any]:
+    return {"mode": m.mode, "name": m.name, **_spread(m.time, "_us"), "above_linear_us": m.above_linear_us}
 
 
 def _spread(value: Spread, suffix: str) -> dict[str, Any]:
