@@ -10,6 +10,7 @@
 #include "bitcore/ops/bitlinear.h"
 #include "kernels/int8_avxvnni_evex.h"
 #include "kernels/tile_functions.h"
+#include "layouts.h"
 #include "support.h"
 
 namespace bitcore {
@@ -19,6 +20,7 @@ using testing::all_configs;
 using testing::bits_of;
 using testing::Codes;
 using testing::Floats;
+using testing::layouts_of;
 using testing::random_codes;
 using testing::random_floats;
 
@@ -144,8 +146,7 @@ void check_all_kernels(const Layer& layer, const Floats& x, const Floats& expect
 // In every layout, the reference included.
 void check_all_kernels(const Layer& layer, const Floats& x) {
   const Floats expected = layer.forward(x, "ReferenceKernel", &serial_executor());
-  for (const Layout layout : kLayouts) {
-    if (!has_layout(layer.in_features, layout)) continue;
+  for (const Layout layout : layouts_of(layer.in_features)) {
     SCOPED_TRACE(to_string(layout));
     check_all_kernels(layer.in_layout(layout), x, expected);
   }
@@ -237,6 +238,22 @@ TEST_F(Kernels, EveryNumberOfOutFeatures) {
   }
 }
 
+// At 1.6 bits every byte that exists is at each of the 64 places of a step once.
+TEST_F(Kernels, EveryByteOfFiveCodes) {
+  constexpr std::int64_t kBytes = 243, kInFeatures = 20, kRows = kBytes * kTileRows;
+  Codes codes(kRows * kInFeatures);
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    for (std::int64_t k = 0, power = 1; k < kInFeatures; ++k) {
+      if (k > 0 && k % 4 == 0) power *= 3;
+      const std::int64_t byte = (row / kTileRows + row % kTileRows + 16 * (k % 4)) % kBytes;
+      codes[static_cast<std::size_t>(row * kInFeatures + k)] = static_cast<std::int8_t>(byte / power % 3 - 1);
+    }
+  }
+  Layer layer({}, kRows, kInFeatures, 1);
+  layer.packed = pack_weights({codes.data(), kRows, kInFeatures});
+  for (const std::int64_t tokens : {1, 2, 3, 8, 13}) check_all_kernels(layer, random_floats(tokens * kInFeatures, 2));
+}
+
 TEST_F(Kernels, ExtremeValues) {
   const float huge = std::numeric_limits<float>::max();
   const float denormal = std::numeric_limits<float>::denorm_min();
@@ -293,8 +310,6 @@ void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::in
   for (std::int64_t n = 0; n < out_features; ++n) {
     weights.insert(weights.end(), in_features, static_cast<std::int8_t>(weight(n)));
   }
-  const std::vector<std::uint8_t> packed = pack_weights({weights.data(), out_features, in_features});
-  const ConstMatrixView qweight(packed.data(), out_features, packed_shape(out_features, in_features).row_bytes());
   const Floats one = {1.0f};
   const Floats x_scale(static_cast<std::size_t>(tokens), 1.0f);
   Floats expected;
@@ -303,21 +318,26 @@ void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::in
       expected.push_back(static_cast<float>(code(m) * weight(n) * in_features));
     }
   }
-  for (const std::string& kernel : kernels_for(config)) {
-    SCOPED_TRACE(kernel);
-    Floats y(expected.size());
-    bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, one, qweight, {}, config,
-                                 {y.data(), tokens, out_features}, {&serial_executor(), kernel});
-    EXPECT_EQ(y, expected);
+  for (const Layout layout : layouts_of(in_features)) {
+    const std::vector<std::uint8_t> packed = pack_weights({weights.data(), out_features, in_features}, layout);
+    const ConstMatrixView qweight(packed.data(), out_features,
+                                  packed_shape(out_features, in_features, layout).row_bytes());
+    for (const std::string& kernel : kernels_for(config)) {
+      SCOPED_TRACE(std::string(to_string(layout)) + " " + kernel);
+      Floats y(expected.size());
+      bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, one, qweight, {}, config,
+                                   {y.data(), tokens, out_features}, {&serial_executor(), kernel});
+      EXPECT_EQ(y, expected);
+    }
   }
 }
 
-// Around the k after which int16 sums are folded (AVX2: 64 groups of four; NEON: 128) and their multiples, with one to
-// many tokens, whole and partial tiles.
+// Around the k after which int16 sums are folded (AVX2: 64 groups of four, with one token 8 steps of 16 or 21 of 20;
+// NEON: 128 groups) and their multiples, with one to many tokens, whole and partial tiles.
 TEST_F(Kernels, Int16SumsAtTheirBounds) {
-  for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 9, 11, 12, 13, 24, 25, 30}) {
-    for (const std::int64_t bound : {256, 512, 1024}) {
-      for (const std::int64_t k : {bound - 1, bound, bound + 1, bound + 16}) check_extreme_codes(tokens, 35, k);
+  for (const std::int64_t tokens : {1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 13, 24, 25, 30}) {
+    for (const std::int64_t bound : {128, 240, 256, 420, 512, 1024}) {
+      for (const std::int64_t k : {bound - 1, bound, bound + 1, bound + 20}) check_extreme_codes(tokens, 35, k);
     }
     check_extreme_codes(tokens, 35, 1);
     check_extreme_codes(tokens, 35, 4099);
@@ -332,7 +352,10 @@ TEST_F(Kernels, Int32SumsAtTheirBounds) {
   }
 }
 
-TEST_F(Kernels, MostInFeatures) { check_extreme_codes(2, 1, kMaxInFeatures); }
+// Beyond the k at which int32 sums of four-bit fields, worth 4 times their value, are folded.
+TEST_F(Kernels, MostInFeatures) {
+  for (const std::int64_t tokens : {1, 2}) check_extreme_codes(tokens, 1, kMaxInFeatures);
+}
 
 TEST_F(Kernels, HugeAndTinyScales) {
   for (const BitQuantConfig& config : all_configs()) {
@@ -345,34 +368,41 @@ TEST_F(Kernels, HugeAndTinyScales) {
   }
 }
 
+// Makes a byte of a packed weight invalid: the field at 2 bits, or the excess over the largest byte at 1.6, is `which`.
+std::uint8_t invalid_byte(Layout layout, std::uint8_t valid, std::int64_t which) {
+  if (layout == Layout::base3) return static_cast<std::uint8_t>(243 + which % 13);
+  return static_cast<std::uint8_t>(valid | 3 << (2 * (which % 4)));
+}
+
 // In any lane of a tile, whole or partial, any step and any field. Sizes: two panels of rows for any kernel, the last
 // tile has 5 rows; two blocks of k.
 TEST_F(Kernels, InvalidCodesAreFound) {
   constexpr std::int64_t kRows = 69, kInFeatures = 1060;
-  const PackedShape shape = packed_shape(kRows, kInFeatures);
-  const std::int64_t steps = shape.payload_row_bytes / 4;
-  for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
-    const BitQuantConfig config{.activation_dtype = dtype};
-    Layer layer(config, kRows, kInFeatures, 2);
-    for (const std::int64_t tokens : {1, 3, 5, 14, 25}) {
-      const Floats x = random_floats(tokens * kInFeatures, 3);
-      std::int64_t code = 0;  // every place of a word in turn
-      for (const std::int64_t row : {0, 3, 7, 8, 15, 16, 31, 32, 63, 64, 67, 68}) {
-        for (const std::int64_t step : {std::int64_t{0}, steps / 2, steps - 1}) {
-          SCOPED_TRACE(std::to_string(tokens) + " tokens, row " + std::to_string(row) + ", step " +
-                       std::to_string(step) + ", code " + std::to_string(code));
-          const std::int64_t tile_rows = std::min(kTileRows, kRows - row / kTileRows * kTileRows);
-          const std::int64_t word = row / kTileRows * kTileRows * steps + step * tile_rows + row % kTileRows;
-          std::uint8_t& byte = layer.packed[static_cast<std::size_t>(4 * word + code % 4)];
-          const std::uint8_t valid = byte;
-          byte |= static_cast<std::uint8_t>(3 << (2 * (code / 4)));
-          for (const std::string& kernel : kernels_for(config)) {
-            SCOPED_TRACE(kernel);
-            testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel, &serial_executor()); },
-                                                     {"qweight", "code"});
+  for (const Layout layout : kLayouts) {
+    const std::int64_t steps = packed_shape(kRows, kInFeatures, layout).payload_row_bytes / 4;
+    for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+      const BitQuantConfig config{.activation_dtype = dtype};
+      Layer layer = Layer(config, kRows, kInFeatures, 2).in_layout(layout);
+      for (const std::int64_t tokens : {1, 3, 5, 14, 25}) {
+        const Floats x = random_floats(tokens * kInFeatures, 3);
+        std::int64_t place = 0;  // every byte of a word in turn
+        for (const std::int64_t row : {0, 3, 7, 8, 15, 16, 31, 32, 63, 64, 67, 68}) {
+          for (const std::int64_t step : {std::int64_t{0}, steps / 2, steps - 1}) {
+            SCOPED_TRACE(std::string(to_string(layout)) + ", " + std::to_string(tokens) + " tokens, row " +
+                         std::to_string(row) + ", step " + std::to_string(step) + ", place " + std::to_string(place));
+            const std::int64_t tile_rows = std::min(kTileRows, kRows - row / kTileRows * kTileRows);
+            const std::int64_t word = row / kTileRows * kTileRows * steps + step * tile_rows + row % kTileRows;
+            std::uint8_t& byte = layer.packed[static_cast<std::size_t>(4 * word + place % 4)];
+            const std::uint8_t valid = byte;
+            byte = invalid_byte(layout, valid, place / 4);
+            for (const std::string& kernel : kernels_for(config)) {
+              SCOPED_TRACE(kernel);
+              testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel, &serial_executor()); },
+                                                       {"qweight", "code"});
+            }
+            byte = valid;
+            ++place;
           }
-          byte = valid;
-          code = (code + 1) % 16;
         }
       }
     }
