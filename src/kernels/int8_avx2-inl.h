@@ -11,7 +11,7 @@
 //   rows(sums)                              the int32 sum of each output row
 //   kFoldGroups                             groups of four k, codes up to 2, that sums hold
 //   kDirectTokens                           TileFunctions::direct_tokens
-//   direct_sums(tokens)                     registers of sums that direct uses for each token and half of a tile
+//   direct_sums(tokens)                     registers of sums of each token and half of a tile in direct: 1, 2 or 4
 //
 // In an unnamed namespace for the reason given in float_types-inl.h.
 #pragma once
@@ -281,6 +281,7 @@ __m256i total_rows(const __m256i (&acc)[Sums]) {
 // Steps after which sums are full: a register gets the codes of every Sums-th group.
 template <class Arithmetic, class Layout, int Sums>
 constexpr std::int64_t fold_steps() {
+  static_assert(Sums == 1 || Sums % 2 == 0, "codes of one register are worth the same");
   const int scale = Sums > 1 ? 1 << Layout::scale_bits(1) : 1;
   const int groups = (Layout::kGroups + Sums - 1) / Sums;
   return Arithmetic::kFoldGroups / (groups * scale);
