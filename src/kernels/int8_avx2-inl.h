@@ -295,6 +295,7 @@ std::uint32_t direct_tile(const std::uint8_t* tile, std::int64_t rows, std::int6
   constexpr int kSums = Arithmetic::direct_sums(Tokens);
   constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, Layout, kSums>();
   __m256i invalid[kHalves] = {};
+  for (std::int64_t i = 0; i < Tokens * kRows; ++i) sums[i] = 0;
   for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
     const std::int64_t count = steps - begin < kFoldSteps ? steps - begin : kFoldSteps;
     __m256i acc[Tokens][kHalves][kSums] = {};

@@ -131,6 +131,7 @@ std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::in
     if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums);
   }
   uint32x4_t invalid[kQuarters] = {};
+  for (std::int64_t i = 0; i < Tokens * kTileRows; ++i) sums[i] = 0;
   for (std::int64_t step = 0; step < steps; step += kFoldSteps) {
     const std::int64_t count = steps - step < kFoldSteps ? steps - step : kFoldSteps;
     direct_steps<Tokens>(tile + step * rows * 4, rows, count, x + step * kStepCodes * Tokens, sums, invalid);

@@ -109,8 +109,7 @@ std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::in
     if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums);
   }
   uint32x4_t invalid[kQuarters] = {};
-  int32x4_t acc[Tokens][kQuarters];
-  load_sums(sums, acc);
+  int32x4_t acc[Tokens][kQuarters] = {};
   for (std::int64_t step = 0; step < steps; ++step, tile += rows * 4, x += kStepCodes * Tokens) {
     uint32x4_t words[kQuarters];
 #pragma GCC unroll 4

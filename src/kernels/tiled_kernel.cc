@@ -354,7 +354,6 @@ class Run {
       for (std::int64_t r = 0; r < rows; r += f_.direct_rows) {
         const std::int64_t group_rows = std::min(f_.direct_rows, rows - r);
         prefetch_outputs(of.block + first, tokens, row + r, group_rows);
-        if (f_.gemm) std::fill_n(sums, tokens * f_.direct_rows, 0);
         invalid |= direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums);
         store(sums, f_.direct_rows, of.block + first, tokens, row + r, group_rows, x);
       }
