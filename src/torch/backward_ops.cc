@@ -24,7 +24,7 @@ namespace bitcore::torch_ops {
 namespace {
 
 // Up to so many multiply-adds the engine's loops take less time than two calls of torch's matmul.
-constexpr std::int64_t kSmallWork = 16384;
+constexpr std::int64_t kSmallWork = 32768;
 // Their sums are plain sums over the rows.
 constexpr std::int64_t kSmallRows = 256;
 // Of a block's codes as floats. Those of the weight come from few bytes: a block that stays in the cache is read
@@ -48,7 +48,7 @@ struct Problem {
   std::span<const float> qweight_scale;
   std::int64_t in_features = 0;
   BitQuantConfig config;
-  std::vector<Tensor> owners;  // of the scales
+  std::optional<Tensor> x_scale_owner, qweight_scale_owner;
 
   std::int64_t rows() const { return dy.view.rows; }
   std::int64_t out_features() const { return dy.view.cols; }
@@ -206,7 +206,7 @@ Problem checked(const Tensor& dy, const std::optional<Tensor>& x, const std::opt
   check_shape(problem.rows(), problem.out_features(), problem.rows(), shape.out_features, "dy");
   Scale w_scale = weight_scale(qweight_scale, "qweight_scale", shape.out_features, weight_per_channel);
   problem.qweight_scale = w_scale.values;
-  problem.owners.push_back(std::move(w_scale.owner));
+  problem.qweight_scale_owner = std::move(w_scale.owner);
   problem.config = make_config(weight_per_channel, false, false);
   if (!x.has_value()) return problem;
   const bool int8 = x->scalar_type() == ScalarType::Char;
@@ -216,7 +216,7 @@ Problem checked(const Tensor& dy, const std::optional<Tensor>& x, const std::opt
     if (!x_scale.has_value()) throw QuantizationError("x_scale is None, int8 codes need it");
     Scale scale = bitcore::torch_ops::x_scale(*x_scale, *x, x_scale->dim() > 0);
     problem.x_scale = scale.values;
-    problem.owners.push_back(std::move(scale.owner));
+    problem.x_scale_owner = std::move(scale.owner);
     problem.config = make_config(weight_per_channel, true, x_scale->dim() > 0);
   }
   return problem;
@@ -248,13 +248,16 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
   if (dweight.has_value() && !problem.x.has_value()) throw QuantizationError("x is None, dweight needs it");
 
   const bool small = problem.rows() <= kSmallRows && problem.rows() * weight_shape[0] * weight_shape[1] <= kSmallWork;
-  std::vector<float> bias_sums(dbias.has_value() ? static_cast<std::size_t>(weight_shape[0]) : 0);
+  const bool narrow_bias = dbias && *dbias_dtype != ScalarType::Float;
+  std::vector<float> wide_bias(narrow_bias ? static_cast<std::size_t>(weight_shape[0]) : 0);
   bitcore::bitlinear::backward(
       problem.dy.view, problem.inputs(), problem.config,
       {small && dx ? output_rows(*dx) : MatrixView(), small && dweight ? output_rows(*dweight) : MatrixView(),
-       dbias ? bias_sums.data() : nullptr},
+       narrow_bias ? wide_bias.data()
+       : dbias     ? output_floats(*dbias).data()
+                   : nullptr},
       torch_executor());
-  if (dbias) convert({bias_sums.data(), 1, weight_shape[0]}, output_rows(*dbias));
+  if (narrow_bias) convert({wide_bias.data(), 1, weight_shape[0]}, output_rows(*dbias));
   if (!small) {
     const ScalarType operand = problem.dy.view.dtype == DType::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
     if (dx) dx_by_matmul(problem, operand, *dx);

@@ -84,8 +84,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
                                           options);
     return {y, empty({0}, ScalarType::Char), empty({0}, ScalarType::Float), qweight, w_scale};
   }
-  Tensor scale = compute_x_scale(x, true, x_per_channel);
-  Tensor qx = quantize_x(x, scale, x_per_channel);
+  Tensor scale = empty(x_per_channel ? replace_last(x, 1) : Shape{}, ScalarType::Float);
+  Tensor qx = empty(replace_last(x, rows.view.cols), ScalarType::Char);
+  compute_x_scale(rows.view, config, output_floats(scale), torch_executor());
+  quantize_x(rows.view, output_floats(scale), config, output_rows(qx), torch_executor());
   bitcore::bitlinear::forward_quantized(output_rows(qx), output_floats(scale), output_floats(w_scale), packed, b.view,
                                         config, output_rows(y), options);
   return {y, qx, scale, qweight, w_scale};

@@ -171,8 +171,9 @@ def print_training(found: list[TrainingMeasurement], console: Console) -> None:
         return
     ratios = training_ratios(found, of=BITLINEAR)
     table = _table("Training: forward + backward", box_style=box.SIMPLE_HEAD)
-    for heading in ("out x in", "rows", "threads", "precision", "layer"):
+    for heading in ("out x in", "rows", "threads", "precision"):
         table.add_column(heading)
+    table.add_column("layer", no_wrap=True)
     for heading in ("time", "x time", "kept MB", "x bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
@@ -180,11 +181,16 @@ def print_training(found: list[TrainingMeasurement], console: Console) -> None:
         key, case = (m.case, m.precision), m.case
         if previous is not None and key != previous:
             table.add_section()
-        first = (f"{case.out_features} x {case.in_features}", str(case.rows), str(case.threads), m.precision)
+        first = (
+            f"{case.out_features} x {case.in_features}",
+            str(case.rows),
+            str(case.threads),
+            m.precision.removesuffix(" autocast"),
+        )
         time_ratio, bytes_ratio = ratios.get((*key, m.name), (None, None))
         table.add_row(
             *(first if key != previous else ("",) * 4),
-            f"[bold]{m.name}[/bold]" if m.name == BITLINEAR else m.name,
+            f"[bold]{m.name}[/bold]" if m.name == BITLINEAR else m.name.removeprefix("transformers "),
             format_spread(m.time.median, m.time.low, m.time.high),
             "" if time_ratio is None else f"{time_ratio:.2f}",
             f"{m.kept_bytes / 1e6:.1f}",
@@ -193,7 +199,7 @@ def print_training(found: list[TrainingMeasurement], console: Console) -> None:
         previous = key
     console.print(table)
     console.print(
-        "x: how many times the time or the bytes of BitLinear. kept: what autograd saves in forward for backward, each "
+        "bfloat16: under autocast. x: how many times the time or the bytes of BitLinear. kept: what autograd saves in forward for backward, each "
         "storage once, but the parameters. Gradients of x and of the weight are computed.",
         highlight=False,
     )
