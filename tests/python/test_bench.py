@@ -448,7 +448,7 @@ def test_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert 0 < entry["p10_us"] <= entry["median_us"] <= entry["p90_us"]
         assert entry["kept_bytes"] > 0
     output = capsys.readouterr().out
-    for text in (*names[:3], "AutoBitLinear", "Training: forward + backward", "bfloat16", "x bytes"):
+    for text in (*names, "Training: forward + backward, 64 x 256", "bfloat16", "x bytes"):
         assert text in output
     assert not (tmp_path / "roofline.png").exists()
 

@@ -166,43 +166,47 @@ def print_dispatch(results: Results, console: Console) -> None:
 
 
 def print_training(found: list[TrainingMeasurement], console: Console) -> None:
-    """A table of all cases and precisions."""
+    """A table for each shape and number of threads."""
     if not found:
         return
+    groups: dict[tuple[int, int, int], list[TrainingMeasurement]] = {}
+    for m in found:
+        groups.setdefault((m.case.out_features, m.case.in_features, m.case.threads), []).append(m)
+    for (out_features, in_features, threads), measurements in groups.items():
+        title = f"Training: forward + backward, {out_features} x {in_features} (out x in), {_threads(threads)}"
+        console.print(_training_table(title, measurements))
+    console.print(
+        "bfloat16: under autocast. x: how many times the time or the bytes of BitLinear. kept: what autograd saves in "
+        "forward for backward, each storage once, but the parameters. Gradients of x and of the weight are computed.",
+        highlight=False,
+    )
+
+
+def _training_table(title: str, found: list[TrainingMeasurement]) -> Table:
     ratios = training_ratios(found, of=BITLINEAR)
-    table = _table("Training: forward + backward", box_style=box.SIMPLE_HEAD)
-    for heading in ("out x in", "rows", "threads", "precision"):
-        table.add_column(heading)
-    table.add_column("layer", no_wrap=True)
+    table = _table(title, box_style=box.SIMPLE_HEAD)
+    table.add_column("rows", justify="right")
+    for heading in ("precision", "layer"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("time", "x time", "kept MB", "x bytes"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for m in found:
-        key, case = (m.case, m.precision), m.case
+        key = (m.case, m.precision)
         if previous is not None and key != previous:
             table.add_section()
-        first = (
-            f"{case.out_features} x {case.in_features}",
-            str(case.rows),
-            str(case.threads),
-            m.precision.removesuffix(" autocast"),
-        )
+        first = (str(m.case.rows), m.precision.removesuffix(" autocast"))
         time_ratio, bytes_ratio = ratios.get((*key, m.name), (None, None))
         table.add_row(
-            *(first if key != previous else ("",) * 4),
-            f"[bold]{m.name}[/bold]" if m.name == BITLINEAR else m.name.removeprefix("transformers "),
+            *(first if key != previous else ("", "")),
+            f"[bold]{m.name}[/bold]" if m.name == BITLINEAR else m.name,
             format_spread(m.time.median, m.time.low, m.time.high),
             "" if time_ratio is None else f"{time_ratio:.2f}",
             f"{m.kept_bytes / 1e6:.1f}",
             "" if bytes_ratio is None else f"{bytes_ratio:.1f}",
         )
         previous = key
-    console.print(table)
-    console.print(
-        "bfloat16: under autocast. x: how many times the time or the bytes of BitLinear. kept: what autograd saves in forward for backward, each "
-        "storage once, but the parameters. Gradients of x and of the weight are computed.",
-        highlight=False,
-    )
+    return table
 
 
 def print_overhead(found: list[OverheadMeasurement], console: Console) -> None:
