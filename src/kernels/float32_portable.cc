@@ -18,19 +18,28 @@ struct Portable {
   static Vector add(Vector a, Vector b) { return a + b; }
   static void multiply_add(Vector& acc, Vector a, Vector b) { acc += a * b; }
 
+  static Words load_words(const std::uint8_t* bytes) {
+    Words words;
+    std::memcpy(&words, bytes, sizeof(words));
+    return words;
+  }
+  static void store_words(std::uint32_t* out, Words words) { std::memcpy(out, &words, sizeof(words)); }
+  static Words or_adjacent(Words a, Words b) { return a | (b & (b >> 1)); }
+
   template <int Shift>
-  static Vector decode(const std::uint32_t* words) {
-    const Words codes = (*reinterpret_cast<const Words*>(words) >> Shift) & 3;
-    return __builtin_convertvector(codes - 1, Vector);
+  static Vector weights(Words words) {
+    return __builtin_convertvector(((words >> Shift) & 3) - 1, Vector);
   }
 };
 
+// Up to 2 tokens: for more, turning codes into floats takes longer than a panel's loads.
+using Direct = Float32Direct<Portable, /*Tokens=*/2, /*Sums=*/8>;
 // 2 tokens x 4 registers of sums, one of weights and one of activations fit the 16 registers of SSE.
 // 16 rows x 256 x 4 bytes = 16 KiB: half of a common L1 cache.
-using Tiles = Float32Tiles<Portable, /*Vectors=*/4, /*Tokens=*/2, /*Block=*/256>;
+using Panels = Float32Panels<Portable, /*Vectors=*/4, /*Tokens=*/2, /*Block=*/256>;
 
 }  // namespace
 
-constinit const TileFunctions kFloat32PortableTiles = Tiles::table();
+constinit const TileFunctions kFloat32PortableTiles = Panels::added_to(Direct::table());
 
 }  // namespace bitcore

@@ -383,7 +383,7 @@ TEST_F(Kernels, InvalidCodesAreFound) {
     for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
       const BitQuantConfig config{.activation_dtype = dtype};
       Layer layer = Layer(config, kRows, kInFeatures, 2).in_layout(layout);
-      for (const std::int64_t tokens : {1, 3, 5, 14, 25}) {
+      for (const std::int64_t tokens : {1, 3, 5, 9, 14, 25}) {
         const Floats x = random_floats(tokens * kInFeatures, 3);
         std::int64_t place = 0;  // every byte of a word in turn
         for (const std::int64_t row : {0, 3, 7, 8, 15, 16, 31, 32, 63, 64, 67, 68}) {
@@ -419,6 +419,58 @@ TEST_F(Kernels, RowsDoNotDependOnTheirBatch) {
       for (std::int64_t row = 0; row < 40; ++row) {
         const Floats alone = layer.forward({x.begin() + row * 300, x.begin() + (row + 1) * 300}, kernel);
         EXPECT_EQ(Floats(together.begin() + row * 50, together.begin() + (row + 1) * 50), alone) << kernel;
+      }
+    }
+  }
+}
+
+// The order of float32_tiles-inl.h, in plain loops: chains of 16 k, then the chains. Products are exact. No bias and a
+// scale of 1, so that y is the sum itself.
+Floats sums_in_chains(const Codes& weights, const Floats& x, std::int64_t out_features, std::int64_t in_features) {
+  Floats sums;
+  for (std::size_t first = 0; first < x.size(); first += static_cast<std::size_t>(in_features)) {
+    for (std::int64_t n = 0; n < out_features; ++n) {
+      float sum = 0.0f;
+      for (std::int64_t begin = 0; begin < in_features; begin += 16) {
+        float chain = 0.0f;
+        for (std::int64_t k = begin; k < std::min(begin + 16, in_features); ++k) {
+          chain += x[first + static_cast<std::size_t>(k)] * weights[static_cast<std::size_t>(n * in_features + k)];
+        }
+        sum += chain;
+      }
+      sums.push_back(sum);
+    }
+  }
+  return sums;
+}
+
+// So their bits depend on neither rows, threads, layout nor instruction set. Sizes: around the most tokens that kernels
+// multiply directly (2, 8, 11, 16) and several tiles of them; odd and even numbers of steps, some with a rest of k;
+// whole and partial tiles.
+TEST_F(Kernels, Float32SumsAreChainsOfSixteen) {
+  const BitQuantConfig config{.activation_dtype = ActivationDtype::float32};
+  testing::TwoThreads two_threads;
+  for (const auto& [out_features, in_features] : {std::pair{16, 16}, {37, 83}, {50, 300}, {33, 160}, {129, 1200}}) {
+    const Codes weights = random_codes(out_features * in_features, 5);
+    for (const std::int64_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 33, 50}) {
+      const Floats x = random_floats(tokens * in_features, 6);
+      const Floats expected = sums_in_chains(weights, x, out_features, in_features);
+      for (const Layout layout : layouts_of(in_features)) {
+        const std::vector<std::uint8_t> packed = pack_weights({weights.data(), out_features, in_features}, layout);
+        const ConstMatrixView qweight(packed.data(), out_features,
+                                      packed_shape(out_features, in_features, layout).row_bytes());
+        for (const std::string& kernel : kernels_for(config)) {
+          if (kernel == "ReferenceKernel") continue;  // sums in float64
+          SCOPED_TRACE(kernel + " " + std::string(to_string(layout)) + " tokens " + std::to_string(tokens));
+          for (Executor* executor :
+               {static_cast<Executor*>(&serial_executor()), static_cast<Executor*>(&two_threads)}) {
+            Floats y(expected.size());
+            const float one = 1.0f;
+            bitlinear::forward({x.data(), tokens, in_features}, std::span(&one, 1), qweight, {}, config,
+                               {y.data(), tokens, out_features}, {executor, kernel});
+            EXPECT_EQ(bits_of(y), bits_of(expected));
+          }
+        }
       }
     }
   }
