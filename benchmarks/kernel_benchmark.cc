@@ -4,7 +4,7 @@
 //
 // Forward/<kernel>/<layout>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward,
 // quantization and thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N
-// K / time; GB/s counts packed weights. Limit/<loop>/<threads>: src/limits.
+// K / time; GB/s counts packed weights. Limit/<loop>/<threads> and Limit/ReadBandwidth/<threads>/<streams>: src/limits.
 #include <benchmark/benchmark.h>
 
 #include <cstdint>
@@ -79,7 +79,8 @@ void forward(benchmark::State& state, const Case& c) {
 void read_bandwidth(benchmark::State& state) {
   LimitedExecutor executor(static_cast<int>(state.range(0)));
   const std::vector<std::uint8_t> bytes(static_cast<std::size_t>(kRotationBytes), 1);
-  for (auto _ : state) benchmark::DoNotOptimize(limits::bytes_per_second(bytes, executor, /*streams=*/1, 1));
+  const int streams = static_cast<int>(state.range(1));
+  for (auto _ : state) benchmark::DoNotOptimize(limits::bytes_per_second(bytes, executor, streams, 1));
   state.counters["GB/s"] =
       benchmark::Counter(static_cast<double>(kRotationBytes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
 }
@@ -101,7 +102,9 @@ void register_forward(const Case& c) {
 
 void register_all() {
   for (const int threads : {1, 2}) {
-    benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Arg(threads)->UseRealTime();
+    for (const int streams : {1, 4, 8}) {
+      benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Args({threads, streams})->UseRealTime();
+    }
     for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
       if (!loop.supported) continue;
       benchmark::RegisterBenchmark(("Limit/" + std::string(loop.name)).c_str(),
