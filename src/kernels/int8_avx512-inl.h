@@ -254,6 +254,48 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, s
   return invalid;
 }
 
+// ---- one token, several streams of tiles ----------------------------------------------------------------------------
+
+// kNear: farther ahead, with several streams, was slower.
+constexpr std::int64_t kNear = 512;
+
+// Steps [begin, end) of the tiles, added to the sums of earlier ones.
+template <class Layout, int... Stream>
+[[gnu::always_inline]] inline __m512i stream_steps(const std::uint8_t* const* tiles, std::int64_t begin,
+                                                   std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
+                                                   std::integer_sequence<int, Stream...>) {
+  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
+  constexpr auto kToken = std::make_integer_sequence<int, 1>();
+  const __mmask16 before = begin == 0 ? 0 : 0xffff;
+  __m512i found = _mm512_setzero_si512();
+  Sums<Layout, 1> acc[sizeof...(Stream)];
+  (clear(acc[Stream][0], kEach), ...);
+  for (std::int64_t step = begin; step < end; ++step) {
+    const auto multiply = [&](const std::uint8_t* bytes, Sums<Layout, 1>& stream_acc) __attribute__((always_inline)) {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + kNear), _MM_HINT_T0);
+      const typename Layout::Words words = Layout::load(bytes, row_mask(kTileRows));
+      found = Layout::collect(found, words);
+      multiply_step<Layout>(stream_acc, words, x + step * 4 * Layout::kGroups, kEach, kToken);
+    };
+    (multiply(tiles[Stream] + step * kTileRows * 4, acc[Stream]), ...);
+  }
+  (add_sums<Layout, 1>(acc[Stream][0], before, sums + Stream * kTileRows, kEach), ...);
+  return found;
+}
+
+template <class Layout>
+std::uint32_t direct_streams(const std::uint8_t* const* tiles, std::int64_t steps, const void* packed_token,
+                             void* sums) {
+  std::uint32_t any = 0;
+  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+    const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
+    any |= Layout::any(stream_steps<Layout>(tiles, begin, end, static_cast<const std::uint8_t*>(packed_token),
+                                            static_cast<std::int32_t*>(sums),
+                                            std::make_integer_sequence<int, kStreams>()));
+  }
+  return any;
+}
+
 constexpr TileFunctions avx512_tiles() {
   return {
       .activation_dtype = ActivationDtype::int8,
@@ -266,8 +308,10 @@ constexpr TileFunctions avx512_tiles() {
       .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,
       .direct_rows = kTileRows,
+      .direct_streams = direct_streams<TwoBit>,
 #ifdef __AVX512VBMI__
       .base3_direct = direct<Base3>,
+      .base3_direct_streams = direct_streams<Base3>,
 #endif
       .base3_recode = recode_base3,
   };

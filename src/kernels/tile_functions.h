@@ -18,6 +18,9 @@ namespace bitcore {
 inline constexpr std::int64_t kMostDirectTokens = 24;
 inline constexpr std::int64_t kMostDirectRows = 32;
 
+/// Tiles that direct_streams computes together.
+inline constexpr std::int64_t kStreams = 4;
+
 /// What the driver knows of one row of x.
 struct Activation {
   float scale;       ///< s_x; float32 activations: 1, or NaN where the row is not finite.
@@ -88,10 +91,18 @@ struct TileFunctions {
 
   std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
+  /// sums[stream * kTileRows + row] = kStreams full tiles, far from each other in memory, which serves several streams
+  /// faster than one, times one packed token. Returns nonzero where a code is invalid. Null: direct serves one token
+  /// too.
+  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* tiles, std::int64_t steps,
+                                          const void* packed_token, void* sums);
+  DirectStreams direct_streams = nullptr;
+
   // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.
 
   UnpackPanel base3_unpack_panel = nullptr;  ///< unpack_panel for 1.6 bits.
   Direct base3_direct = nullptr;             ///< direct for 1.6 bits.
+  DirectStreams base3_direct_streams = nullptr;
 
   /// Rewrites steps [step_begin, step_end) of one 1.6-bit tile as a 2-bit tile of ceil(20 / 16 * steps) steps, padded
   /// with code 1. Returns nonzero where a code is invalid. Null: the driver's own, compiled for any CPU.

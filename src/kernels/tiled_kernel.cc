@@ -351,7 +351,8 @@ class Run {
       const std::int64_t tokens = first_token(tile + 1, of.count) - first;
       const std::byte* packed = packed_tile(0, plan_.k_padded, first, of.count);
       const Activation* x = buffers_.activations + first;
-      for (std::int64_t r = 0; r < rows; r += f_.direct_rows) {
+      const std::int64_t streamed = tokens == 1 ? multiply_streams(row, rows, of.block + first, packed, x, invalid) : 0;
+      for (std::int64_t r = streamed; r < rows; r += f_.direct_rows) {
         const std::int64_t group_rows = std::min(f_.direct_rows, rows - r);
         prefetch_outputs(of.block + first, tokens, row + r, group_rows);
         invalid |= direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums);
@@ -360,6 +361,28 @@ class Run {
     }
     count_tile_calls(ceil_div(rows, f_.direct_rows) * (of.end - of.begin));
     return invalid;
+  }
+
+  // One token times as many of the first rows as make kStreams equal runs of full tiles, which are read side by side.
+  // Returns their number.
+  std::int64_t multiply_streams(std::int64_t row, std::int64_t rows, std::int64_t token, const std::byte* packed,
+                                const Activation* x, std::uint32_t& invalid) const {
+    const auto direct = shape_.layout == Layout::base3 ? f_.base3_direct_streams : f_.direct_streams;
+    if (direct == nullptr) return 0;
+    const std::int64_t run = rows / (kStreams * kTileRows) * kTileRows;
+    alignas(kCacheLine) std::int32_t sums[kStreams * kTileRows];
+    for (std::int64_t r = 0; r < run; r += kTileRows) {
+      const std::uint8_t* tiles[kStreams];
+      for (std::int64_t s = 0; s < kStreams; ++s) {
+        tiles[s] = payload_ + (row + s * run + r) * shape_.payload_row_bytes;
+        prefetch_outputs(token, 1, row + s * run + r, kTileRows);
+      }
+      invalid |= direct(tiles, shape_.steps(), packed, sums);
+      for (std::int64_t s = 0; s < kStreams; ++s) {
+        store(sums + s * kTileRows, kTileRows, token, 1, row + s * run + r, kTileRows, x);
+      }
+    }
+    return kStreams * run;
   }
 
   // Weights are unpacked, a block of k at a time, which all tiles of tokens then read.
