@@ -8,6 +8,7 @@
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
+#include "kernels/base3_recode-inl.h"
 #include "kernels/int8_avxvnni_evex.h"
 #include "kernels/tile_functions.h"
 #include "layouts.h"
@@ -470,6 +471,43 @@ TEST_F(Kernels, Float32SumsAreChainsOfSixteen) {
                                {y.data(), tokens, out_features}, {executor, kernel});
             EXPECT_EQ(bits_of(y), bits_of(expected));
           }
+        }
+      }
+    }
+  }
+}
+
+// The driver's rewriting of a 1.6-bit tile against digits taken one by one: any number of rows and steps, from any step
+// on. An invalid byte of any place and value is found here already, not by the code 3 that it leaves.
+TEST_F(Kernels, Base3TilesAreRewritten) {
+  for (const std::int64_t rows : {1, 3, 8, 15, 16}) {
+    for (std::int64_t steps = 1; steps <= 9; ++steps) {
+      for (const std::int64_t skipped : {0, 4}) {
+        SCOPED_TRACE(std::to_string(rows) + " rows, " + std::to_string(steps) + " steps after " +
+                     std::to_string(skipped));
+        const std::int64_t begin = skipped * rows * 4, size = steps * rows * 4;
+        std::mt19937 engine(9);
+        std::vector<std::uint8_t> tile(static_cast<std::size_t>(begin + size));
+        for (std::uint8_t& byte : tile) byte = static_cast<std::uint8_t>(engine() % 243);
+        const std::int64_t words = (steps * 20 + 15) / 16;
+        std::vector<std::uint8_t> expected(static_cast<std::size_t>(words * rows * 4), 0x55);
+        for (std::int64_t i = 0; i < size; ++i) {
+          int rest = tile[static_cast<std::size_t>(begin + i)];
+          for (std::int64_t digit = 0; digit < 5; ++digit, rest /= 3) {
+            const std::int64_t group = i / (rows * 4) * 5 + digit;  // of four k
+            std::uint8_t& byte = expected[static_cast<std::size_t>(group / 4 * rows * 4 + i % (rows * 4))];
+            byte = static_cast<std::uint8_t>(byte + ((rest % 3 - 1) << (2 * (group % 4))));
+          }
+        }
+        std::vector<std::uint8_t> recoded(expected.size());
+        EXPECT_EQ(recode_base3(tile.data(), rows, skipped, skipped + steps, recoded.data()), 0u);
+        EXPECT_EQ(recoded, expected);
+        for (std::int64_t i = 0; i < size; ++i) {
+          std::uint8_t& byte = tile[static_cast<std::size_t>(begin + i)];
+          const std::uint8_t valid = byte;
+          byte = static_cast<std::uint8_t>(243 + i % 13);
+          EXPECT_NE(recode_base3(tile.data(), rows, skipped, skipped + steps, recoded.data()), 0u) << i;
+          byte = valid;
         }
       }
     }
