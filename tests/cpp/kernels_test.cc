@@ -410,6 +410,23 @@ TEST_F(Kernels, InvalidCodesAreFound) {
   }
 }
 
+// Sums are folded after at most 16,384 steps: what the first of them hold must not be forgotten.
+TEST_F(Kernels, InvalidCodesAreFoundBeforeTheLastFold) {
+  constexpr std::int64_t kRows = 2, kInFeatures = 350003;
+  for (const Layout layout : kLayouts) {
+    Layer layer = Layer({}, kRows, kInFeatures, 2).in_layout(layout);
+    layer.packed[4] = invalid_byte(layout, layer.packed[4], 1);  // row 1, step 0
+    for (const std::int64_t tokens : {1, 6}) {
+      const Floats x = random_floats(tokens * kInFeatures, 3);
+      for (const std::string& kernel : kernels_for({})) {
+        SCOPED_TRACE(std::string(to_string(layout)) + ", " + std::to_string(tokens) + " tokens, " + kernel);
+        testing::expect_error<QuantizationError>([&] { layer.forward(x, kernel, &serial_executor()); },
+                                                 {"qweight", "code"});
+      }
+    }
+  }
+}
+
 TEST_F(Kernels, RowsDoNotDependOnTheirBatch) {
   for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
     const BitQuantConfig config{Granularity::per_channel, dtype, Granularity::per_channel};
