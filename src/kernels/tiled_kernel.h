@@ -9,7 +9,8 @@
 
 namespace bitcore {
 
-/// A kernel made of tile functions. Few rows of x go through `direct`, more through panels and `gemm` where it has them.
+/// A kernel made of tile functions. Few rows of x go through `direct`, more through panels and `gemm` where it has
+/// them.
 class TiledKernel final : public BitKernelBase {
  public:
   /// All arguments outlive the kernel.
