@@ -22,6 +22,7 @@
 #include "kernels/int8_words-inl.h"
 #include "ops/packing_internal.h"
 #include "quantize-inl.h"
+#include "quantize_avx512-inl.h"
 
 namespace bitcore {
 namespace {
@@ -35,17 +36,11 @@ constexpr std::int64_t kFoldSteps = 16384;
 // prefetching stops.
 constexpr std::int64_t kPrefetchBytes = 4096;
 
-// acc += codes * activations. The empty statement ties the sum to one register: without it GCC 12 copies sums around
-// and spills some of them.
-void multiply_add(__m512i& acc, __m512i codes, __m512i activations) {
-  acc = _mm512_dpbusd_epi32(acc, codes, activations);
-  asm("" : "+v"(acc));
-}
-
-__m512i broadcast_word(const void* activations) {
-  std::int32_t word;
-  std::memcpy(&word, activations, sizeof(word));
-  return _mm512_set1_epi32(word);
+// acc += codes * the four activations of a word, in every lane. In assembly so that the broadcast stays in the
+// instruction: GCC 12 keeps a register for a word that several tiles are multiplied with, and spills sums for it.
+void multiply_add(__m512i& acc, __m512i codes, const std::uint8_t* activations) {
+  const auto* word = reinterpret_cast<const std::uint8_t(*)[4]>(activations);
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(codes), "m"(*word));
 }
 
 // ---- the layouts ---------------------------------------------------------------------------------------------------
@@ -178,7 +173,7 @@ template <class Layout, int Group, int... Token>
   } else {
     codes = Layout::template codes<Group>(words);
   }
-  (multiply_add(acc[Token][kSum], codes, broadcast_word(x + 4 * (Group * kCount + Token))), ...);
+  (multiply_add(acc[Token][kSum], codes, x + 4 * (Group * kCount + Token)), ...);
 }
 
 template <class Layout, int... Group, int... Token>
@@ -259,15 +254,16 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, s
 // kNear: farther ahead, with several streams, was slower.
 constexpr std::int64_t kNear = 512;
 
-// Steps [begin, end) of the tiles, added to the sums of earlier ones.
+// Steps [begin, end) of the tiles, added to the sums of earlier ones. Returns `found` with what Layout::collect
+// gathered.
 template <class Layout, int... Stream>
 [[gnu::always_inline]] inline __m512i stream_steps(const std::uint8_t* const* tiles, std::int64_t begin,
                                                    std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
+                                                   std::int64_t sums_stride, __m512i found,
                                                    std::integer_sequence<int, Stream...>) {
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
   constexpr auto kToken = std::make_integer_sequence<int, 1>();
   const __mmask16 before = begin == 0 ? 0 : 0xffff;
-  __m512i found = _mm512_setzero_si512();
   Sums<Layout, 1> acc[sizeof...(Stream)];
   (clear(acc[Stream][0], kEach), ...);
   for (std::int64_t step = begin; step < end; ++step) {
@@ -279,21 +275,31 @@ template <class Layout, int... Stream>
     };
     (multiply(tiles[Stream] + step * kTileRows * 4, acc[Stream]), ...);
   }
-  (add_sums<Layout, 1>(acc[Stream][0], before, sums + Stream * kTileRows, kEach), ...);
+  (add_sums<Layout, 1>(acc[Stream][0], before, sums + Stream * sums_stride, kEach), ...);
   return found;
 }
 
-template <class Layout>
-std::uint32_t direct_streams(const std::uint8_t* const* tiles, std::int64_t steps, const void* packed_token,
-                             void* sums) {
-  std::uint32_t any = 0;
-  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
-    const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-    any |= Layout::any(stream_steps<Layout>(tiles, begin, end, static_cast<const std::uint8_t*>(packed_token),
-                                            static_cast<std::int32_t*>(sums),
-                                            std::make_integer_sequence<int, kStreams>()));
+template <class Layout, int... Stream>
+std::uint32_t multiply_streams(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
+                               const std::uint8_t* x, std::int32_t* sums, std::int64_t sums_stride,
+                               std::integer_sequence<int, Stream...> streams) {
+  __m512i found = _mm512_setzero_si512();
+  for (std::int64_t tile = 0; tile < count; ++tile) {
+    const std::uint8_t* tiles[] = {runs[Stream] + tile * steps * kTileRows * 4 ...};
+    for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+      const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
+      found = stream_steps<Layout>(tiles, begin, end, x, sums + tile * kTileRows, sums_stride, found, streams);
+    }
   }
-  return any;
+  return Layout::any(found);
+}
+
+template <class Layout>
+std::uint32_t direct_streams(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
+                             const void* packed_token, void* sums, std::int64_t sums_stride) {
+  return multiply_streams<Layout>(runs, count, steps, static_cast<const std::uint8_t*>(packed_token),
+                                  static_cast<std::int32_t*>(sums), sums_stride,
+                                  std::make_integer_sequence<int, kStreams>());
 }
 
 constexpr TileFunctions avx512_tiles() {
@@ -303,7 +309,7 @@ constexpr TileFunctions avx512_tiles() {
       .token_element = 1,
       .offset_codes = true,
       .absmax = absmax_bits,
-      .quantize = quantize_x_row,
+      .quantize = quantize_x_row_avx512,
       .pack_tokens = pack_token_words,
       .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,

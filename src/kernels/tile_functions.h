@@ -18,7 +18,7 @@ namespace bitcore {
 inline constexpr std::int64_t kMostDirectTokens = 24;
 inline constexpr std::int64_t kMostDirectRows = 32;
 
-/// Tiles that direct_streams computes together.
+/// Runs of tiles that direct_streams reads side by side.
 inline constexpr std::int64_t kStreams = 4;
 
 /// What the driver knows of one row of x.
@@ -91,11 +91,11 @@ struct TileFunctions {
 
   std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
-  /// sums[stream * kTileRows + row] = kStreams full tiles, far from each other in memory, which serves several streams
-  /// faster than one, times one packed token. Returns nonzero where a code is invalid. Null: direct serves one token
-  /// too.
-  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* tiles, std::int64_t steps,
-                                          const void* packed_token, void* sums);
+  /// sums[stream * sums_stride + row] = kStreams runs of `count` adjacent full tiles times one packed token. The runs
+  /// are far from each other in memory, which serves several streams faster than one. Returns nonzero where a code is
+  /// invalid. Null: direct serves one token too.
+  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* tiles, std::int64_t count, std::int64_t steps,
+                                          const void* packed_token, void* sums, std::int64_t sums_stride);
   DirectStreams direct_streams = nullptr;
 
   // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.

@@ -38,6 +38,16 @@ constexpr std::int64_t kBlockCodes = 80;
 // Workspaces of up to this size come from the stack: small layers never allocate.
 constexpr std::size_t kStackBytes = 8192;
 
+// Sums of packed weights that are kept before they are stored together: while outputs are written, nothing is read.
+constexpr std::int64_t kKeptSums = 4096;
+static_assert(kKeptSums >= kMostDirectTokens * kMostDirectRows);
+
+// Rows that are stored together at most.
+constexpr std::int64_t kMostStoredRows = kKeptSums / kStreams;
+
+// Lanes of store.
+constexpr std::int64_t kLanes = 16;
+
 // How one call is cut into pieces: a function of its sizes alone.
 struct Plan {
   Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads) {
@@ -107,7 +117,7 @@ struct Buffers {
   };
 
   Buffers(const TileFunctions& f, const Plan& plan, const PackedShape& shape, Arena& arena) {
-    const std::int64_t padded_rows = round_up(shape.out_features, 16);
+    const std::int64_t padded_rows = round_up(shape.out_features, kLanes);
     w_scale = arena.take<float>(padded_rows);
     bias = arena.take<float>(padded_rows);
     activations = arena.take<Activation>(plan.block_tokens);
@@ -158,17 +168,27 @@ class Run {
         buffers_(functions, plan, shape, arena),
         tokens_(args.x.rows),
         in_features_(args.x.cols),
+        one_scale_(args.qweight_scale.size() == 1),
+        w_scale_(buffers_.w_scale),
         payload_(static_cast<const std::uint8_t*>(args.qweight.data)) {
-    const std::int64_t rows = shape.out_features;
-    if (args.qweight_scale.size() > 1) {
-      std::copy(args.qweight_scale.begin(), args.qweight_scale.end(), buffers_.w_scale);
+    // Registers of outputs read on after the last row: what the caller's arrays lack there is copied. What is not
+    // copied has not to be fetched either: a call that streams weights finds little of the last one in the cache.
+    const std::int64_t rows = shape.out_features, padded = round_up(rows, kLanes);
+    if (one_scale_) {
+      std::fill_n(buffers_.w_scale, std::min(padded, kMostStoredRows), args.qweight_scale[0]);
+    } else if (rows == padded) {
+      w_scale_ = args.qweight_scale.data();
     } else {
-      std::fill_n(buffers_.w_scale, rows, args.qweight_scale[0]);
+      std::copy(args.qweight_scale.begin(), args.qweight_scale.end(), buffers_.w_scale);
+      std::fill(buffers_.w_scale + rows, buffers_.w_scale + padded, 0.0f);
     }
-    if (args.bias) widen(args.bias.data, args.bias.dtype, rows, buffers_.bias);
-    // The last rows of a register of outputs are computed and not stored.
-    std::fill(buffers_.w_scale + rows, buffers_.w_scale + round_up(rows, 16), 0.0f);
-    std::fill(buffers_.bias + rows, buffers_.bias + round_up(rows, 16), 0.0f);
+    if (args.bias && args.bias.dtype == DType::float32 && rows == padded) {
+      bias_ = reinterpret_cast<const float*>(args.bias.data);
+    } else if (args.bias) {
+      widen(args.bias.data, args.bias.dtype, rows, buffers_.bias);
+      std::fill(buffers_.bias + rows, buffers_.bias + padded, 0.0f);
+      bias_ = buffers_.bias;
+    }
   }
 
   /// Returns the number of tile calls.
@@ -282,8 +302,8 @@ class Run {
               .tokens = tokens,
               .rows = rows,
               .x = x,
-              .w_scale = buffers_.w_scale + row,
-              .bias = args_.bias ? buffers_.bias + row : nullptr,
+              .w_scale = w_scale_ + (one_scale_ ? 0 : row),
+              .bias = bias_ == nullptr ? nullptr : bias_ + row,
               .y = args_.y.row(token) + row * element,
               .y_stride = args_.y.row_stride * element,
               .dtype = args_.y.dtype});
@@ -345,18 +365,27 @@ class Run {
       steps = recoded_steps;
       direct = f_.direct;
     }
-    alignas(kCacheLine) std::int32_t sums[kMostDirectTokens * kMostDirectRows];
+    alignas(kCacheLine) std::int32_t sums[kKeptSums];
     for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
       const std::int64_t first = first_token(tile, of.count);
       const std::int64_t tokens = first_token(tile + 1, of.count) - first;
       const std::byte* packed = packed_tile(0, plan_.k_padded, first, of.count);
       const Activation* x = buffers_.activations + first;
-      const std::int64_t streamed = tokens == 1 ? multiply_streams(row, rows, of.block + first, packed, x, invalid) : 0;
-      for (std::int64_t r = streamed; r < rows; r += f_.direct_rows) {
-        const std::int64_t group_rows = std::min(f_.direct_rows, rows - r);
-        prefetch_outputs(of.block + first, tokens, row + r, group_rows);
-        invalid |= direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums);
-        store(sums, f_.direct_rows, of.block + first, tokens, row + r, group_rows, x);
+      const std::int64_t streamed =
+          tokens == 1 ? multiply_streams(row, rows, of.block + first, packed, x, sums, invalid) : 0;
+      const std::int64_t kept_rows = kKeptSums / (tokens * f_.direct_rows) * f_.direct_rows;
+      for (std::int64_t kept = streamed; kept < rows; kept += kept_rows) {
+        const std::int64_t end = std::min(rows, kept + kept_rows);
+        for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
+          const std::int64_t group_rows = std::min(f_.direct_rows, end - r);
+          prefetch_outputs(of.block + first, tokens, row + r, group_rows);
+          invalid |=
+              direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums + (r - kept) * tokens);
+        }
+        for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
+          store(sums + (r - kept) * tokens, f_.direct_rows, of.block + first, tokens, row + r,
+                std::min(f_.direct_rows, end - r), x);
+        }
       }
     }
     count_tile_calls(ceil_div(rows, f_.direct_rows) * (of.end - of.begin));
@@ -366,20 +395,19 @@ class Run {
   // One token times as many of the first rows as make kStreams equal runs of full tiles, which are read side by side.
   // Returns their number.
   std::int64_t multiply_streams(std::int64_t row, std::int64_t rows, std::int64_t token, const std::byte* packed,
-                                const Activation* x, std::uint32_t& invalid) const {
+                                const Activation* x, std::int32_t* sums, std::uint32_t& invalid) const {
     const auto direct = shape_.layout == Layout::base3 ? f_.base3_direct_streams : f_.direct_streams;
     if (direct == nullptr) return 0;
     const std::int64_t run = rows / (kStreams * kTileRows) * kTileRows;
-    alignas(kCacheLine) std::int32_t sums[kStreams * kTileRows];
-    for (std::int64_t r = 0; r < run; r += kTileRows) {
+    for (std::int64_t kept = 0; kept < run; kept += kMostStoredRows) {
+      const std::int64_t end = std::min(run, kept + kMostStoredRows);
       const std::uint8_t* tiles[kStreams];
       for (std::int64_t s = 0; s < kStreams; ++s) {
-        tiles[s] = payload_ + (row + s * run + r) * shape_.payload_row_bytes;
-        prefetch_outputs(token, 1, row + s * run + r, kTileRows);
+        tiles[s] = payload_ + (row + s * run + kept) * shape_.payload_row_bytes;
       }
-      invalid |= direct(tiles, shape_.steps(), packed, sums);
+      invalid |= direct(tiles, (end - kept) / kTileRows, shape_.steps(), packed, sums, kMostStoredRows);
       for (std::int64_t s = 0; s < kStreams; ++s) {
-        store(sums + s * kTileRows, kTileRows, token, 1, row + s * run + r, kTileRows, x);
+        store(sums + s * kMostStoredRows, kMostStoredRows, token, 1, row + s * run + kept, end - kept, x);
       }
     }
     return kStreams * run;
@@ -471,6 +499,9 @@ class Run {
   const Buffers buffers_;
   const std::int64_t tokens_;
   const std::int64_t in_features_;
+  const bool one_scale_;
+  const float* w_scale_;  // of every row, or of kMostStoredRows where all have the same
+  const float* bias_ = nullptr;
   const std::uint8_t* const payload_;
   float tensor_scale_ = 0.0f;
   std::atomic<std::uint32_t> invalid_{0};
