@@ -26,7 +26,7 @@ def test_every_kernel_file_has_ten_mutations() -> None:
         for path in (ROOT / "src" / "kernels").glob(pattern)
         if path.name not in ONLY_INCLUDES
     }
-    assert set(counts) == kernels
+    assert set(counts) == kernels | {"src/quantize_avx512-inl.h"}
     assert min(counts.values()) >= 10, counts
     assert len(set(MUTATIONS)) == len(MUTATIONS)
 
