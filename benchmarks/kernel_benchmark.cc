@@ -4,15 +4,19 @@
 //
 // Forward/<kernel>/<layout>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward,
 // quantization and thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N
-// K / time; GB/s counts packed weights. Limit/<loop>/<threads> and Limit/ReadBandwidth/<threads>/<streams>: src/limits.
+// K / time; GB/s counts packed weights. Limit/ReadMatrices/<layout>/<out_features>/<in_features>/<threads>/<streams>: a
+// pure read of such matrices. Limit/<loop>/<threads> and Limit/ReadBandwidth/<threads>/<streams>: src/limits.
 #include <benchmark/benchmark.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "aligned_array.h"
 #include "bitcore/executor.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
@@ -29,6 +33,33 @@ struct Case {
   Layout layout;
   std::int64_t tokens, out_features, in_features;
   int threads;
+};
+
+struct MatrixRead {
+  Layout layout;
+  std::int64_t out_features, in_features;
+  int threads, streams;
+};
+
+/// As many copies of a packed matrix as no cache holds, each on cache lines of its own.
+class Rotation {
+ public:
+  explicit Rotation(std::span<const std::uint8_t> matrix)
+      : size_(matrix.size()),
+        stride_((size_ + kCacheLine - 1) / kCacheLine * kCacheLine),
+        copies_(static_cast<std::size_t>(kRotationBytes) / stride_ + 1),
+        memory_(static_cast<std::int64_t>(copies_ * stride_)) {
+    for (std::size_t copy = 0; copy < copies_; ++copy) {
+      std::copy(matrix.begin(), matrix.end(), memory_.data() + copy * stride_);
+    }
+  }
+  std::span<const std::uint8_t> operator[](std::size_t turn) const {
+    return {memory_.data() + turn % copies_ * stride_, size_};
+  }
+
+ private:
+  std::size_t size_, stride_, copies_;
+  AlignedArray<std::uint8_t> memory_;
 };
 
 /// At most `threads` of the default executor's threads.
@@ -57,17 +88,15 @@ void forward(benchmark::State& state, const Case& c) {
   const std::vector<float> weight = random_floats(c.out_features * c.in_features);
   const bitlinear::PreparedWeights prepared =
       bitlinear::prepare_weights({weight.data(), c.out_features, c.in_features}, config, c.layout);
-  const std::size_t copies = static_cast<std::size_t>(kRotationBytes / prepared.shape.bytes() + 1);
-  std::vector<std::vector<std::uint8_t>> matrices(copies, prepared.qweight);
+  const Rotation matrices(prepared.qweight);
   const std::vector<float> x = random_floats(c.tokens * c.in_features);
-  std::vector<float> y(static_cast<std::size_t>(c.tokens * c.out_features));
+  AlignedArray<float> y(c.tokens * c.out_features);
   LimitedExecutor executor(c.threads);
-  std::size_t next = 0;
+  std::size_t turn = 0;
   for (auto _ : state) {
-    const ConstMatrixView qweight(matrices[next].data(), c.out_features, prepared.shape.row_bytes());
+    const ConstMatrixView qweight(matrices[turn++].data(), c.out_features, prepared.shape.row_bytes());
     bitlinear::forward({x.data(), c.tokens, c.in_features}, prepared.scale, qweight, {}, config,
                        {y.data(), c.tokens, c.out_features}, {&executor, c.kernel});
-    next = (next + 1) % copies;
   }
   const double operations = 2.0 * static_cast<double>(c.tokens * c.out_features * c.in_features);
   state.counters["GOPS"] = benchmark::Counter(operations * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
@@ -85,6 +114,19 @@ void read_bandwidth(benchmark::State& state) {
       benchmark::Counter(static_cast<double>(kRotationBytes) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
 }
 
+// Packed matrices as forward reads them: one whole matrix at a time, by threads that start as they do for the kernels.
+void read_matrices(benchmark::State& state, const MatrixRead& read) {
+  const PackedShape shape = packed_shape(read.out_features, read.in_features, read.layout);
+  const Rotation matrices(std::vector<std::uint8_t>(static_cast<std::size_t>(shape.bytes()), 1));
+  LimitedExecutor executor(read.threads);
+  std::size_t turn = 0;
+  for (auto _ : state) {
+    benchmark::DoNotOptimize(limits::bytes_per_second(matrices[turn++], executor, read.streams, 1));
+  }
+  state.counters["GB/s"] =
+      benchmark::Counter(static_cast<double>(shape.bytes()) * 1e-9, benchmark::Counter::kIsIterationInvariantRate);
+}
+
 void arithmetic(benchmark::State& state, const limits::MultiplyAdds& loop) {
   constexpr std::int64_t kRounds = 200'000;
   LimitedExecutor executor(static_cast<int>(state.range(0)));
@@ -100,10 +142,23 @@ void register_forward(const Case& c) {
   benchmark::RegisterBenchmark(name.c_str(), [c](benchmark::State& state) { forward(state, c); })->UseRealTime();
 }
 
+void register_read(const MatrixRead& read) {
+  const std::string name = "Limit/ReadMatrices/" + std::string(to_string(read.layout)) + "/" +
+                           std::to_string(read.out_features) + "/" + std::to_string(read.in_features) + "/" +
+                           std::to_string(read.threads) + "/" + std::to_string(read.streams);
+  benchmark::RegisterBenchmark(name.c_str(), [read](benchmark::State& state) {
+    read_matrices(state, read);
+  })->UseRealTime();
+}
+
 void register_all() {
   for (const int threads : {1, 2}) {
-    for (const int streams : {1, 4, 8}) {
+    for (const int streams : {1, 2, 4, 8}) {
       benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Args({threads, streams})->UseRealTime();
+      for (const Layout layout : kLayouts) {
+        for (const std::int64_t out_features : {2560, 6912})
+          register_read({layout, out_features, 2560, threads, streams});
+      }
     }
     for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
       if (!loop.supported) continue;

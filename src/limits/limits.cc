@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cassert>
 #include <chrono>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -45,7 +46,7 @@ double seconds(const std::function<void()>& work) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-typedef std::uint64_t Vector __attribute__((vector_size(16), aligned(1), may_alias));
+typedef std::uint64_t Vector __attribute__((vector_size(16)));
 constexpr std::size_t kVectors = 16;  // of a step: 256 bytes, four cache lines
 constexpr std::size_t kStepBytes = kVectors * sizeof(Vector);
 
@@ -57,9 +58,13 @@ std::uint64_t read_streams(std::span<const std::uint8_t> bytes) {
   const std::size_t part = bytes.size() / Streams / kStepBytes * kStepBytes;
   for (std::size_t offset = 0; offset < part; offset += kStepBytes) {
     for (std::size_t stream = 0; stream < Streams; ++stream) {
-      const auto* vectors = reinterpret_cast<const Vector*>(bytes.data() + stream * part + offset);
+      const std::uint8_t* step = bytes.data() + stream * part + offset;
 #pragma GCC unroll 16
-      for (std::size_t i = 0; i < kVectors; ++i) sums[i % kSums] ^= vectors[i];
+      for (std::size_t i = 0; i < kVectors; ++i) {
+        Vector vector;  // not aligned
+        std::memcpy(&vector, step + i * sizeof(Vector), sizeof(Vector));
+        sums[i % kSums] ^= vector;
+      }
     }
   }
   std::uint64_t total = 0;

@@ -427,6 +427,28 @@ TEST_F(Kernels, InvalidCodesAreFoundBeforeTheLastFold) {
   }
 }
 
+TEST_F(Kernels, InvalidCodesAreFoundInEveryTile) {
+  constexpr std::int64_t kRows = 9 * 16 + 3, kInFeatures = 100;
+  for (const Layout layout : kLayouts) {
+    const Layer layer = Layer({}, kRows, kInFeatures, 2).in_layout(layout);
+    const std::int64_t row_bytes = packed_shape(kRows, kInFeatures, layout).payload_row_bytes;
+    for (std::int64_t row = 0; row < kRows; row += 16) {
+      Layer damaged = layer;
+      std::uint8_t& byte = damaged.packed[static_cast<std::size_t>(row * row_bytes)];
+      byte = invalid_byte(layout, byte, 1);
+      for (const std::int64_t tokens : {1, 2, 30}) {
+        const Floats x = random_floats(tokens * kInFeatures, 3);
+        for (const std::string& kernel : kernels_for({})) {
+          SCOPED_TRACE(std::string(to_string(layout)) + ", row " + std::to_string(row) + ", " + std::to_string(tokens) +
+                       " tokens, " + kernel);
+          testing::expect_error<QuantizationError>([&] { damaged.forward(x, kernel, &serial_executor()); },
+                                                   {"qweight", "code"});
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Kernels, RowsDoNotDependOnTheirBatch) {
   for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
     const BitQuantConfig config{Granularity::per_channel, dtype, Granularity::per_channel};

@@ -80,6 +80,31 @@ TEST(RowFunctions, AbsmaxAndCodes) {
   }
 }
 
+TEST(RowFunctions, CodesOfAnyScale) {
+  const float nan = std::nanf(""), infinity = std::numeric_limits<float>::infinity();
+  const Floats pattern = {127.4f, 127.6f, 1e30f, infinity, -127.6f, -128.4f, -129.0f, -1e30f, -infinity, nan, 3.0f};
+  const std::int8_t expected[] = {127, 127, 127, 127, -128, -128, -128, -128, -128, 0, 3};
+  for (const Named& named : all_functions()) {
+    for (const std::int64_t count : kCounts) {
+      Floats x;
+      for (std::int64_t i = 0; i < count; ++i) x.push_back(pattern[static_cast<std::size_t>(i) % pattern.size()]);
+      std::vector<std::int8_t> codes(x.size() + 1, 99);
+      std::int32_t sum = 0;
+      const std::int32_t found = named.functions.quantize_x(x.data(), count, 1.0f, codes.data());
+      for (std::size_t i = 0; i < x.size(); ++i) {
+        EXPECT_EQ(codes[i], expected[i % pattern.size()]) << named.name << " " << x[i];
+        sum += codes[i];
+      }
+      EXPECT_EQ(found, sum) << named.name << " " << count;
+      EXPECT_EQ(codes.back(), 99) << "written past the end";
+    }
+    const Floats x = {0.0f, 1.0f, -1.0f};
+    std::int8_t codes[3];
+    EXPECT_EQ(named.functions.quantize_x(x.data(), 3, 0.0f, codes), -1) << named.name;
+    EXPECT_TRUE(codes[0] == 0 && codes[1] == 127 && codes[2] == -128) << named.name;
+  }
+}
+
 TEST(RowFunctions, TernaryCodes) {
   for (const Named& named : all_functions()) {
     for (const std::int64_t count : kCounts) {

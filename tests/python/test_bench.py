@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 from dataclasses import astuple
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ from bitcore.ops import base
 from bitlab.bench import contenders, machine, overhead, report, results, timing, training
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
-from bitlab.bench.limits import FAMILIES, PATHS, best_path, bound, kernel_path, peak_sampler, supported_paths
+from bitlab.bench.limits import (
+    FAMILIES,
+    PATHS,
+    STREAMS,
+    best_path,
+    bound,
+    kernel_path,
+    peak_sampler,
+    supported_paths,
+    weight_read_samplers,
+)
 from bitlab.bench.options import BenchOptions, UsageError
 from bitlab.bench.peers import PEERS, Peer, selected
 from bitlab.bench.peers.transformers_bitnet import MODULE
@@ -102,7 +113,7 @@ def test_float32_threads_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     arguments += ["--activations", "float32,int8", "--layouts", "2bit", "--peers", "none", "--output", str(tmp_path)]
     assert main(["bench", *arguments]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
-    assert {limit["name"] for limit in found["limits"]} >= {"memory read"}
+    assert {limit["name"] for limit in found["limits"]} >= {"memory read", "memory read 2bit"}
     assert [(e["threads"], e["activations"], e["dispatched"]) for e in found["measurements"]] == [
         *((1, "float32", True), (1, "int8", True)),
         *((2, "float32", True), (2, "int8", True)),
@@ -400,6 +411,20 @@ def test_limits_are_finite(threads: int) -> None:
             assert 0 < torch.ops.bitcore.measure_read(data, streams, 2) < math.inf
 
 
+@pytest.mark.parametrize("size", [5, 3000, 400_000])  # less than a step, than every stream's step, and neither
+def test_reads_of_weights_take_turns(size: int) -> None:
+    copies = torch.ones(3, 1, size, dtype=torch.uint8)
+    turn = iter(range(3))
+    for threads in (1, 2):
+        with torch_threads(threads):
+            samplers = weight_read_samplers(copies, cycle(range(3)))
+            assert set(samplers) == {count for count in STREAMS if 256 * count * threads <= max(size, 256 * threads)}
+            assert all(0 < value < math.inf for sampler in samplers.values() for value in sampler())
+    with torch_threads(1), pytest.raises(StopIteration):  # a read takes the turn that kernels take too
+        while True:
+            weight_read_samplers(copies, turn)[1]()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -556,7 +581,8 @@ def measured(name: str, us: float, layout: str = "2bit", *, dispatched: bool = F
 
 
 def test_a_measurement_by_hand() -> None:
-    # Of limits the upper deciles count: 5,000 bytes at 5 GB/s take 1 us, 120,000 operations at 60 GOPS 2 us.
+    # Of a peak the upper decile counts, of a read the median: 120,000 operations at 60 GOPS take 2 us, 5,000 bytes at 4
+    # GB/s 1.25 us.
     limits = {
         "memory read": Limit(CASE, "memory read", Spread(4.0, 3.0, 5.0, 9)),
         "peak": Limit(CASE, "peak", Spread(50.0, 40.0, 60.0, 9)),
@@ -568,6 +594,10 @@ def test_a_measurement_by_hand() -> None:
     assert found.bound is not None
     assert astuple(found.bound) == (pytest.approx(2.0), "arithmetic")
     assert found.percent_of_limit == pytest.approx(100 * 2 / 6)
+    limits["memory read"] = Limit(CASE, "memory read", Spread(2.0, 1.0, 5.0, 9))
+    found = results.measurement(CASE, contender("A"), 5000, [8.0, 4.0, 6.0], limits, "memory read")
+    assert found.bound is not None
+    assert astuple(found.bound) == (pytest.approx(2.5), "memory")
 
 
 def test_ratios() -> None:

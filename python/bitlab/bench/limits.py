@@ -1,7 +1,7 @@
 """What this machine can do at most, measured in turns with everything else, and which part of it bounds whom."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ READ_IN_CACHE = "cache read"
 STREAMS = (1, 2, 4, 8)  # Which one reads fastest depends on the machine: the limit is the best of them.
 STEP_BYTES = 256  # That a stream reads at once: smaller weights are repeated until there is one for every stream.
 READ_BYTES = 64 * 2**20  # Of one measurement: milliseconds, beside which the start of a thread is little.
+SMALL_BYTES = 2**18  # A smaller weight is read as often as makes more: otherwise the start of a thread is most of it.
+TURN_BYTES = 16 * 2**20  # Of weights that are read one after another in a turn.
 PEAK_SECONDS, PEAK_SAMPLES = 1e-3, 5
 
 # The multiply-adds of a kernel, by how its name begins; the first that fits.
@@ -40,6 +42,16 @@ FAMILIES = {
 # Figures of other projects were published for one machine. A run counts beside them where it reaches these limits:
 # GB/s of memory, GOPS of vpdpbusd, by threads.
 PUBLISHED = {READ: {1: 35.0, 2: 45.0}, "vpdpbusd zmm": {1: 950.0, 2: 1900.0}}
+
+
+def weight_read(layout: str, in_cache: bool) -> str:
+    """The name of the limit that is a read of the packed weights of a layout."""
+    return f"{READ_IN_CACHE if in_cache else READ} {layout}"
+
+
+def is_read(name: str) -> bool:
+    """Whether a limit is in GB/s."""
+    return name.startswith((READ, READ_IN_CACHE))
 
 
 @dataclass(frozen=True)
@@ -113,3 +125,26 @@ def read_sampler(data: Tensor) -> Callable[[], list[float]]:
         return [max(torch.ops.bitcore.measure_read(copy, count, repeats) for count, copy in copies.items()) / 1e9]
 
     return sample
+
+
+def weight_read_samplers(copies: Tensor, turn: Iterator[int]) -> dict[int, Callable[[], list[float]]]:
+    """Measure how fast all of torch's threads read packed weights, one whole weight at a time, in GB/s, by the streams.
+
+    The start of the threads is included, as it is for a kernel.
+
+    Args:
+        copies: uint8 (copies, out_features, row_bytes).
+        turn: The index of the next copy, shared with the kernels: nobody finds in the cache what another has just read.
+    """
+    flat = copies.flatten(1)
+    threads, size = torch.get_num_threads(), flat.shape[1]
+    streams = [count for count in STREAMS if STEP_BYTES * count * threads <= size]
+    if not streams:
+        streams, flat = [1], flat.repeat(1, 1 + STEP_BYTES * threads // size)
+    repeats = 1 + SMALL_BYTES // size if size < SMALL_BYTES else 1
+    reads = max(1, min(20, TURN_BYTES // (size * repeats)))
+
+    def sampler(count: int) -> Callable[[], list[float]]:
+        return lambda: [torch.ops.bitcore.measure_read(flat[next(turn)], count, repeats) / 1e9 for _ in range(reads)]
+
+    return {count: sampler(count) for count in streams}

@@ -17,7 +17,14 @@ from bitcore.kernels.base import BitKernelBase
 from bitlab.bench import contenders, machine, overhead, report, results, training
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import Prepared, make_layer, make_x
-from bitlab.bench.limits import READ, READ_IN_CACHE, peak_sampler, read_sampler
+from bitlab.bench.limits import (
+    READ,
+    READ_IN_CACHE,
+    peak_sampler,
+    read_sampler,
+    weight_read,
+    weight_read_samplers,
+)
 from bitlab.bench.options import BenchOptions, UsageError
 from bitlab.bench.peers import Peer, selected
 from bitlab.bench.results import Case, Limit, Results
@@ -129,29 +136,48 @@ def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: lis
             prepared |= of_peers
             if not prepared:
                 raise UsageError(f"nothing to measure{where}: no kernel, layout or peer fits")
-            data = next(iter(pools.values())) if pools else contenders.pack_copies(layer, "2bit")
+            array = next(iter(pools.values())) if pools else contenders.pack_copies(layer, "2bit")
             for threads, rows in per_shape:
                 torch.set_num_threads(threads)
-                _measure_case(found, Case(out_features, in_features, rows, threads), prepared, data.copies)
+                _measure_case(found, Case(out_features, in_features, rows, threads), prepared, pools, array.copies)
                 progress.advance(task)
 
 
-def _measure_case(found: Results, case: Case, prepared: dict[Contender, Prepared], data: Tensor) -> None:
-    """Limits and contenders in turns. data: what the read limit reads."""
+def _measure_case(
+    found: Results, case: Case, prepared: dict[Contender, Prepared], pools: dict[str, contenders.Pool], array: Tensor
+) -> None:
+    """Limits and contenders in turns. pools: by layout; array: what the limit of those without a layout reads."""
     options = found.options
     read = READ_IN_CACHE if options.in_cache else READ
+    samplers: dict[str | tuple[str, int] | Contender, Sampler] = {read: read_sampler(array)}
+    for layout, pool in pools.items():
+        for streams, sampler in weight_read_samplers(pool.copies, pool.turn).items():
+            samplers[weight_read(layout, options.in_cache), streams] = sampler
     paths = dict.fromkeys(contender.path for contender in prepared if contender.path is not None)
-    samplers: dict[str | Contender, Sampler] = {read: read_sampler(data)}
     samplers |= {path: peak_sampler(path) for path in paths}
     x = make_x(case.rows, case.in_features)
     samplers |= {contender: CallSampler(held.bind(x)) for contender, held in prepared.items()}
     cases = len(options.shapes) * len(options.rows) * len(options.threads)
     samples = take_turns(samplers, options.repetitions, options.seconds / cases)
-    limits = {name: Limit(case, name, spread(values)) for name, values in samples.items() if isinstance(name, str)}
+    limits: dict[str, Limit] = {}
+    for key, values in samples.items():
+        if isinstance(key, Contender):
+            continue
+        name = key if isinstance(key, str) else key[0]
+        limit = Limit(case, name, spread(values))
+        if name not in limits or limit.reached > limits[name].reached:  # Of a read the fastest access pattern.
+            limits[name] = limit
     found.limits += limits.values()
     found.measurements += results.with_ratios(
         [
-            results.measurement(case, contender, held.weight_bytes, samples[contender], limits, read)
+            results.measurement(
+                case,
+                contender,
+                held.weight_bytes,
+                samples[contender],
+                limits,
+                weight_read(contender.layout, options.in_cache) if contender.layout in pools else read,
+            )
             for contender, held in prepared.items()
         ]
     )
