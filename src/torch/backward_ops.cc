@@ -44,7 +44,8 @@ struct Problem {
   Matrix dy;                       // (rows, out_features)
   std::optional<Matrix> x;         // (rows, in_features): int8 codes or floating
   std::span<const float> x_scale;  // empty where x is floating
-  Matrix qweight;                  // packed
+  std::optional<Matrix> weight;    // floating: its codes are computed anew
+  std::optional<Matrix> qweight;   // packed
   std::span<const float> qweight_scale;
   std::int64_t in_features = 0;
   BitQuantConfig config;
@@ -54,7 +55,8 @@ struct Problem {
   std::int64_t out_features() const { return dy.view.cols; }
   bool has_codes() const { return config.activation_dtype == ActivationDtype::int8; }
   bitlinear::BackwardInputs inputs() const {
-    return {x.has_value() ? x->view : ConstMatrixView(), x_scale, qweight.view, qweight_scale};
+    return {x.has_value() ? x->view : ConstMatrixView(), x_scale,
+            qweight.has_value() ? qweight->view : ConstMatrixView(), qweight_scale};
   }
 };
 
@@ -110,6 +112,31 @@ void multiply(const Tensor& left, const Tensor& right, const Tensor& out) {
                                     torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // out once more, owned by the receiver
+}
+
+// Columns [first, first + codes.cols) of the codes of a floating weight. scale: of at least 1e-5, or NaN, where every
+// code is 0; see bitlinear::prepare_weights.
+void quantize_columns(ConstMatrixView weight, std::span<const float> scale, std::int64_t first, MatrixView codes) {
+  constexpr std::int64_t kPiece = 512;  // whose copies stay in the L1 cache
+  const float one = 1.0f;
+  const ConstMatrixView part = columns(weight, first, codes.cols);
+  const auto element = static_cast<std::int64_t>(size_of(weight.dtype));
+  const auto out_element = static_cast<std::int64_t>(size_of(codes.dtype));
+  fill(codes, [&](std::int64_t row) {
+    const float half = 0.5f * scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    for (std::int64_t k = 0; k < codes.cols; k += kPiece) {
+      const std::int64_t count = std::min(kPiece, codes.cols - k);
+      float wide[kPiece];
+      std::uint8_t piece[kPiece];
+      const float* values = reinterpret_cast<const float*>(part.row(row) + k * element);
+      if (weight.dtype != DType::float32) {
+        row_functions().scaled(part.row(row) + k * element, weight.dtype, count, &one, 0, DType::float32, wide);
+        values = wide;
+      }
+      row_functions().ternary_codes(values, count, half, piece);
+      row_functions().weights_of(piece, count, codes.dtype, codes.row(row) + k * out_element);
+    }
+  });
 }
 
 // A gradient, left @ codes, that is computed in blocks of columns. Where it has another dtype than left it goes through
@@ -172,7 +199,11 @@ void dx_by_matmul(const Problem& problem, ScalarType operand, Tensor& dx) {
   BlockedProduct product(scaled_dy(problem, problem.qweight_scale, true, operand),
                          torch::stable::view(dx, std::array{problem.rows(), problem.in_features}), kWeightBlockBytes);
   product.run([&](std::int64_t first, MatrixView codes) {
-    unpack_columns(problem.qweight.view, problem.in_features, first, codes, torch_executor());
+    if (problem.weight.has_value()) {
+      quantize_columns(problem.weight->view, problem.qweight_scale, first, codes);
+    } else {
+      unpack_columns(problem.qweight->view, problem.in_features, first, codes, torch_executor());
+    }
   });
 }
 
@@ -196,15 +227,35 @@ Matrix packed_form(const Tensor& qweight) {
   return {std::move(packed), view};
 }
 
+bool is_floating(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// The packed form of a floating weight.
+Matrix quantized_form(const Problem& problem) {
+  const ConstMatrixView weight = problem.weight->view;
+  Tensor codes = empty({weight.rows, weight.cols}, ScalarType::Char);
+  quantize_columns(weight, problem.qweight_scale, 0, output_rows(codes));
+  return packed_form(codes);
+}
+
 Problem checked(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& x_scale,
                 const Tensor& qweight, const Tensor& qweight_scale, std::int64_t in_features, bool weight_per_channel) {
   Problem problem;
   problem.dy = gradient_rows(dy);
-  problem.qweight = packed_form(qweight);
   problem.in_features = in_features;
-  const PackedShape shape = check_trailer(problem.qweight.view, in_features);
-  check_shape(problem.rows(), problem.out_features(), problem.rows(), shape.out_features, "dy");
-  Scale w_scale = weight_scale(qweight_scale, "qweight_scale", shape.out_features, weight_per_channel);
+  if (is_floating(qweight)) {
+    problem.weight = floating_matrix(qweight, "qweight");
+    const ConstMatrixView weight = problem.weight->view;
+    check_shape(weight.rows, weight.cols, weight.rows, in_features, "qweight");
+  } else {
+    problem.qweight = packed_form(qweight);
+    check_trailer(problem.qweight->view, in_features);
+  }
+  const std::int64_t out_features = qweight.size(0);
+  check_shape(problem.rows(), problem.out_features(), problem.rows(), out_features, "dy");
+  Scale w_scale = weight_scale(qweight_scale, "qweight_scale", out_features, weight_per_channel);
   problem.qweight_scale = w_scale.values;
   problem.qweight_scale_owner = std::move(w_scale.owner);
   problem.config = make_config(weight_per_channel, false, false);
@@ -240,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
                                                       bool weight_per_channel, std::optional<ScalarType> dx_dtype,
                                                       std::optional<ScalarType> dweight_dtype,
                                                       std::optional<ScalarType> dbias_dtype) {
-  const Problem problem = checked(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel);
+  Problem problem = checked(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel);
   const Shape weight_shape = {problem.out_features(), in_features};
   std::optional<Tensor> dx = gradient(replace_last(dy, in_features), dx_dtype, "dx_dtype");
   std::optional<Tensor> dweight = gradient(weight_shape, dweight_dtype, "dweight_dtype");
@@ -248,6 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
   if (dweight.has_value() && !problem.x.has_value()) throw QuantizationError("x is None, dweight needs it");
 
   const bool small = problem.rows() <= kSmallRows && problem.rows() * weight_shape[0] * weight_shape[1] <= kSmallWork;
+  if (small && dx && problem.weight.has_value()) problem.qweight = quantized_form(problem);
   const bool narrow_bias = dbias && *dbias_dtype != ScalarType::Float;
   std::vector<float> wide_bias(narrow_bias ? static_cast<std::size_t>(weight_shape[0]) : 0);
   bitcore::bitlinear::backward(

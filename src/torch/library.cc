@@ -32,9 +32,9 @@ struct Op<function> {
 
 // torch_bitlinear and torch_bitlinear_train are the same in plain torch operations on every device: TorchKernel.
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
-// its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating; a
-// gradient whose dtype is None is not computed, and has no elements. measure_multiply_adds and measure_read return
-// operations and bytes per second.
+// its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating, and the
+// weight packed, as int8 codes, or floating as it was quantized with qweight_scale; a gradient whose dtype is None is
+// not computed, and has no elements. measure_multiply_adds and measure_read return operations and bytes per second.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");

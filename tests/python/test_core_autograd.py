@@ -1,5 +1,7 @@
 """The straight-through gradients: values, who gets them, dtypes, second derivatives."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
 from bitcore.ops import _ops, _torch_ops, base, bitlinear
 from bitcore.testing import assert_same_bits
+from bitlayers import BitLinear
 from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer, plain_step
 
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
@@ -173,6 +176,41 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
                 assert gradient.dtype == same.dtype == wanted
                 _close(gradient, reference, tolerance)
                 _close(same, reference, tolerance)
+            # The floating weight that was quantized serves as well as its codes.
+            from_weight = _ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            for gradient, same in zip(found, from_weight, strict=True):
+                assert_same_bits(gradient, same)
+            plain_from_weight = _torch_ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            for gradient, same in zip(plain, plain_from_weight, strict=True):
+                assert_same_bits(gradient, same)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 5), (300, 700)], ids=str)  # the engine's loops, and torch's matmul
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_weight_of_any_dtype_is_quantized_again(
+    per_channel: bool, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    weight[0, 1] = 0.0
+    for last in (weight[-1, -1].item(), math.nan):  # a NaN makes its scale NaN and the codes 0
+        weight[-1, -1] = last
+        x = torch.ones(1, shape[1])
+        *_, qweight, scale = _ops.bitlinear_train(x, weight, None, per_channel, True, True)
+        rest = (scale, shape[1], per_channel, torch.float32, None, None)
+        dy = torch.randn(2, shape[0])
+        expected, found = (_ops.bitlinear_backward(dy, None, None, w, *rest)[0] for w in (qweight, weight))
+        assert_same_bits(found, expected)
+
+
+def test_a_changed_parameter_is_noticed() -> None:
+    """Backward needs the weight of the forward: as torch's own layers, it refuses another one."""
+    layer = BitLinear(8, 4)
+    y = layer(torch.randn(2, 8, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 def test_operator_of_gradients_with_codes_and_leading_dimensions() -> None:
@@ -197,6 +235,8 @@ def test_operator_of_gradients_with_codes_and_leading_dimensions() -> None:
         ({2: None}, "x_scale is None, int8 codes need it"),
         ({4: torch.ones(2)}, "qweight_scale has shape"),
         ({3: torch.zeros(19, 3, dtype=torch.uint8)}, "qweight"),
+        ({3: torch.zeros(19, 36)}, "qweight"),
+        ({3: torch.zeros(18, 37)}, "dy has"),
         ({7: torch.int8}, "dx_dtype"),
     ],
 )

@@ -274,14 +274,18 @@ def backward(
     weight_per_channel: bool,
     dweight_dtype: torch.dtype | None,
 ) -> None:
-    """All tensors of a backward call. x: as the training forward kept it, int8 codes or floating."""
+    """All tensors of a backward call.
+
+    x: as the training forward kept it, int8 codes or floating. qweight: packed, int8 codes, or the floating weight.
+    """
     same_device("dy", dy, x=x, x_scale=x_scale, qweight=qweight, qweight_scale=qweight_scale)
     floating("dy", dy)
     require(dy.ndim >= 1, "dy has 0 dimensions, expected at least 1")
     if qweight.dtype == torch.uint8:
         packed(qweight, in_features)
     else:
-        plain_codes(qweight)
+        if not qweight.is_floating_point():
+            plain_codes(qweight)
         columns_found = matrix("qweight", qweight)[1]
         require(columns_found == in_features, f"qweight has {columns_found} columns, in_features is {in_features}")
     out_features = qweight.shape[0]

@@ -360,7 +360,10 @@ def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _save_for_training(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, weight_per_channel, int8_activations = inputs[:5]
     _, qx, x_scale, qweight, qweight_scale = output
-    ctx.save_for_backward(qx if int8_activations else x, x_scale, qweight, qweight_scale)
+    # A parameter lives anyway: its codes are computed anew, which takes little time. Another weight would be kept alive.
+    again = isinstance(weight, torch.nn.Parameter) and not weight.is_inference()  # Those cannot be saved.
+    kept_weight = weight if again else qweight
+    ctx.save_for_backward(qx if int8_activations else x, x_scale, kept_weight, qweight_scale)
     bias_dtype = None if bias is None else bias.dtype
     ctx.kept = x.shape[-1], weight_per_channel, x.dtype, weight.dtype, bias_dtype
 
@@ -369,14 +372,14 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     _refuse_second_derivative()
     if dy is None:
         return (None,) * 8
-    x, x_scale, qweight, qweight_scale = ctx.saved_tensors
+    x, x_scale, kept_weight, qweight_scale = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     in_features, weight_per_channel, x_dtype, weight_dtype, bias_dtype = ctx.kept
     dx, dweight, dbias = bitlinear_backward(
         dy,
         x,
         x_scale,
-        qweight,
+        kept_weight,
         qweight_scale,
         in_features,
         weight_per_channel,

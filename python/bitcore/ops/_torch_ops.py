@@ -284,6 +284,8 @@ def bitlinear_backward(
     dx = dweight = dbias = nothing
     rows = dy.reshape(-1, dy.shape[-1])
     if dx_dtype is not None:
+        if qweight.is_floating_point():
+            qweight = quantize_weight(qweight, qweight_scale, weight_per_channel)
         codes = _codes_as(_matmul_dtype(dy), qweight, in_features)
         dx = _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if weight_per_channel else ())).to(dx_dtype)
     if dweight_dtype is not None:

@@ -55,8 +55,8 @@ def print_limits(results: Results, console: Console) -> None:
     threads = sorted({count for _, count in overall})
     names = sorted({name for name, _ in overall}, key=lambda name: (not is_read(name), name))
     table = _table(
-        "Limits of this machine\nof a case: the median of a read, the upper decile of multiply-adds; here the median over the cases "
-        "(middle 80 %)"
+        "Limits of this machine\nof a case: the median of a read, the upper decile of multiply-adds; "
+        "here the median over the cases (middle 80 %)"
     )
     table.add_column("limit")
     table.add_column("unit")
@@ -96,8 +96,8 @@ def print_measurements(results: Results, console: Console) -> None:
         console.print(_case_table(f"{out_features} x {in_features} (out x in), {_threads(threads)}", measurements))
     console.print(
         "* the kernel that is dispatched. time: median (middle 80 %). GB/s: of weights. GOPS: 2 x rows x out x in. "
-        "limit: the larger of a read of the same weights (M) and operations / peak (A), divided by the time. x: how many times "
-        "as long torch's layer takes; i8: its dynamic int8.",
+        "limit: the larger of a read of the same weights (M) and operations / peak (A), divided by the time. x: how "
+        "many times as long torch's layer takes; i8: its dynamic int8.",
         highlight=False,
     )
 
