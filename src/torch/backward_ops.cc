@@ -41,11 +41,12 @@ constexpr std::int64_t kLeastColumns = 320;
 
 // All arguments, checked.
 struct Problem {
-  Matrix dy;                       // (rows, out_features)
-  std::optional<Matrix> x;         // (rows, in_features): int8 codes or floating
-  std::span<const float> x_scale;  // empty where x is floating
-  std::optional<Matrix> weight;    // floating: its codes are computed anew
-  std::optional<Matrix> qweight;   // packed
+  Matrix dy;                                // (rows, out_features)
+  std::optional<Matrix> x;                  // (rows, in_features): int8 codes or floating
+  std::span<const float> x_scale;           // empty where x is floating
+  std::optional<Matrix> weight;             // floating: its codes are computed anew
+  std::vector<std::uint8_t> packed_weight;  // of it, where the engine's loops are used
+  std::optional<Matrix> qweight;            // packed
   std::span<const float> qweight_scale;
   std::int64_t in_features = 0;
   BitQuantConfig config;
@@ -54,9 +55,14 @@ struct Problem {
   std::int64_t rows() const { return dy.view.rows; }
   std::int64_t out_features() const { return dy.view.cols; }
   bool has_codes() const { return config.activation_dtype == ActivationDtype::int8; }
+  ConstMatrixView packed() const {
+    if (qweight.has_value()) return qweight->view;
+    if (packed_weight.empty()) return {};
+    const std::int64_t rows = weight->view.rows;
+    return {packed_weight.data(), rows, static_cast<std::int64_t>(packed_weight.size()) / rows};
+  }
   bitlinear::BackwardInputs inputs() const {
-    return {x.has_value() ? x->view : ConstMatrixView(), x_scale,
-            qweight.has_value() ? qweight->view : ConstMatrixView(), qweight_scale};
+    return {x.has_value() ? x->view : ConstMatrixView(), x_scale, packed(), qweight_scale};
   }
 };
 
@@ -232,12 +238,12 @@ bool is_floating(const Tensor& tensor) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// The packed form of a floating weight.
-Matrix quantized_form(const Problem& problem) {
+// Packs a floating weight, a small one.
+void pack_weight(Problem& problem) {
   const ConstMatrixView weight = problem.weight->view;
-  Tensor codes = empty({weight.rows, weight.cols}, ScalarType::Char);
-  quantize_columns(weight, problem.qweight_scale, 0, output_rows(codes));
-  return packed_form(codes);
+  std::vector<std::int8_t> codes(static_cast<std::size_t>(weight.rows * weight.cols));
+  quantize_columns(weight, problem.qweight_scale, 0, {codes.data(), weight.rows, weight.cols});
+  problem.packed_weight = bitcore::pack_weights({codes.data(), weight.rows, weight.cols});
 }
 
 Problem checked(const Tensor& dy, const std::optional<Tensor>& x, const std::optional<Tensor>& x_scale,
@@ -299,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
   if (dweight.has_value() && !problem.x.has_value()) throw QuantizationError("x is None, dweight needs it");
 
   const bool small = problem.rows() <= kSmallRows && problem.rows() * weight_shape[0] * weight_shape[1] <= kSmallWork;
-  if (small && dx && problem.weight.has_value()) problem.qweight = quantized_form(problem);
+  if (small && dx && problem.weight.has_value()) pack_weight(problem);
   const bool narrow_bias = dbias && *dbias_dtype != ScalarType::Float;
   std::vector<float> wide_bias(narrow_bias ? static_cast<std::size_t>(weight_shape[0]) : 0);
   bitcore::bitlinear::backward(
