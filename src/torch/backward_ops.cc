@@ -24,7 +24,7 @@ namespace bitcore::torch_ops {
 namespace {
 
 // Up to so many multiply-adds the engine's loops take less time than two calls of torch's matmul.
-constexpr std::int64_t kSmallWork = 32768;
+constexpr std::int64_t kSmallWork = std::int64_t{1} << 17;
 // Their sums are plain sums over the rows.
 constexpr std::int64_t kSmallRows = 256;
 // Of a block's codes as floats. Those of the weight come from few bytes: a block that stays in the cache is read
