@@ -74,22 +74,29 @@ struct Plan {
     if (!direct) fitting = std::min(fitting, kPanelSumBytes / (4 * f.panel_rows));
     block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), token_tile));
 
-    panel_rows = direct ? direct_panel_rows(f, tokens, shape) : f.panel_rows;
-    panels = ceil_div(shape.out_features, panel_rows);
+    panel_unit = direct ? f.direct_rows : f.panel_rows;
+    units = ceil_div(shape.out_features, panel_unit);
+    panels = direct ? direct_panels(f, tokens, shape) : units;
     // Where there are fewer panels than threads could take, the tokens are split as well.
     const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
     splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, token_tile));
   }
 
-  // A run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what comes.
-  // Several tiles of tokens find the weights in the second-level cache; a rewritten tile serves all tokens.
-  std::int64_t direct_panel_rows(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
-    if (recode) return f.direct_rows;
-    std::int64_t groups = ceil_div(shape.out_features, f.direct_rows);
-    if (most_threads > 1) groups = ceil_div(groups, kRunsPerThread * std::int64_t{most_threads});
-    if (tokens > token_tile) groups = std::min(groups, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
-    return f.direct_rows * std::max<std::int64_t>(1, groups);
+  // A panel is a run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what
+  // comes. Several tiles of tokens find the weights in the second-level cache; a rewritten tile serves all tokens.
+  std::int64_t direct_panels(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
+    if (recode) return units;
+    std::int64_t least = most_threads > 1 ? kRunsPerThread * std::int64_t{most_threads} : 1;
+    if (tokens > token_tile) {
+      const std::int64_t fitting =
+          std::max<std::int64_t>(1, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
+      least = std::max(least, round_up(ceil_div(units, fitting), most_threads));
+    }
+    return std::min(units, least);
   }
+
+  // Panels are of equal size, up to one unit, so that threads finish together.
+  std::int64_t first_row(std::int64_t panel) const { return panel * units / panels * panel_unit; }
 
   bool direct;              // packed weights are multiplied as they are
   bool recode;              // 1.6-bit tiles are rewritten at 2 bits
@@ -101,8 +108,9 @@ struct Plan {
   std::int64_t k_block;
   int most_threads;
   std::int64_t block_tokens;  // packed and multiplied before the next ones
-  std::int64_t panel_rows;    // output rows that are multiplied with all tokens of a block before the next ones
-  std::int64_t panels;
+  std::int64_t panel_unit;    // output rows that the kernel computes together
+  std::int64_t units;
+  std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
   std::int64_t splits;
 };
 
@@ -145,7 +153,7 @@ struct Buffers {
     thread.floats = arena.take<float>(plan.k_padded);
     thread.rows = arena.take<std::byte>(std::min(plan.token_tile, plan.block_tokens) * plan.row_bytes);
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
-    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_rows * plan.k_block / 4 + kTrailerBytes);
+    if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_unit * plan.k_block / 4 + kTrailerBytes);
     if (plan.direct) return thread;
     thread.panel = arena.take<std::byte>(plan.k_block * f.panel_rows * f.panel_element);
     thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panel_rows);
@@ -342,8 +350,8 @@ class Run {
     const std::int64_t tiles = token_tiles(count);
     const std::int64_t splits = std::min(plan_.splits, tiles);
     for_each_unit(plan_.panels * splits, [&](std::int64_t unit, const Thread& thread) {
-      const std::int64_t row = unit / splits * plan_.panel_rows;
-      const std::int64_t rows = std::min(plan_.panel_rows, shape_.out_features - row);
+      const std::int64_t row = plan_.first_row(unit / splits);
+      const std::int64_t rows = std::min(plan_.first_row(unit / splits + 1), shape_.out_features) - row;
       const std::int64_t split = unit % splits;
       const TokenTiles of = {begin, count, split * tiles / splits, (split + 1) * tiles / splits};
       note_invalid(plan_.direct ? multiply_packed(row, rows, of, thread) : multiply_unpacked(row, rows, of, thread));
