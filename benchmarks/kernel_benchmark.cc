@@ -14,6 +14,7 @@
 #include <span>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "aligned_array.h"
@@ -27,6 +28,7 @@ namespace bitcore::benchmarks {
 namespace {
 
 constexpr std::int64_t kRotationBytes = std::int64_t{96} << 20;
+constexpr std::pair<std::int64_t, std::int64_t> kShapes[] = {{2560, 2560}, {6912, 2560}, {2560, 6912}};
 
 struct Case {
   std::string kernel;
@@ -156,8 +158,9 @@ void register_all() {
     for (const int streams : {1, 2, 4, 8}) {
       benchmark::RegisterBenchmark("Limit/ReadBandwidth", read_bandwidth)->Args({threads, streams})->UseRealTime();
       for (const Layout layout : kLayouts) {
-        for (const std::int64_t out_features : {2560, 6912})
-          register_read({layout, out_features, 2560, threads, streams});
+        for (const auto& [out_features, in_features] : kShapes) {
+          register_read({layout, out_features, in_features, threads, streams});
+        }
       }
     }
     for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
@@ -175,9 +178,10 @@ void register_all() {
     if (!kernel->is_supported() || kernel->name() == "ReferenceKernel") continue;
     for (const Layout layout : kLayouts) {
       for (const int threads : {1, 2}) {
-        for (const std::int64_t tokens : {1, 4, 12, 32, 128, 512}) {
-          register_forward({std::string(kernel->name()), layout, tokens, 2560, 2560, threads});
-          register_forward({std::string(kernel->name()), layout, tokens, 6912, 2560, threads});
+        for (const std::int64_t tokens : {1, 2, 4, 12, 32, 128, 512}) {
+          for (const auto& [out_features, in_features] : kShapes) {
+            register_forward({std::string(kernel->name()), layout, tokens, out_features, in_features, threads});
+          }
         }
       }
     }

@@ -177,16 +177,29 @@ template <class Layout, int Group, int... Token>
 }
 
 template <class Layout, int... Group, int... Token>
-[[gnu::always_inline]] inline void multiply_step(Sums<Layout, sizeof...(Token)>& acc,
-                                                 const typename Layout::Words& words, const std::uint8_t* x,
-                                                 std::integer_sequence<int, Group...>,
-                                                 std::integer_sequence<int, Token...> tokens) {
+[[gnu::always_inline]] inline void multiply_groups(Sums<Layout, sizeof...(Token)>& acc,
+                                                   const typename Layout::Words& words, const std::uint8_t* x,
+                                                   std::integer_sequence<int, Group...>,
+                                                   std::integer_sequence<int, Token...> tokens) {
   (multiply_group<Layout, Group>(acc, words, x, tokens), ...);
 }
 
+template <class Layout, int... Token>
+[[gnu::always_inline]] inline void multiply_step(Sums<Layout, sizeof...(Token)>& acc,
+                                                 const typename Layout::Words& words, const std::uint8_t* x,
+                                                 std::integer_sequence<int, Token...> tokens) {
+  multiply_groups<Layout>(acc, words, x, std::make_integer_sequence<int, Layout::kGroups>(), tokens);
+}
+
 template <int... Sum>
-[[gnu::always_inline]] inline void clear(__m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
+[[gnu::always_inline]] inline void clear_token(__m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
   ((acc[Sum] = _mm512_setzero_si512()), ...);
+}
+
+template <class Layout, int... Token>
+[[gnu::always_inline]] inline void clear(Sums<Layout, sizeof...(Token)>& acc, std::integer_sequence<int, Token...>) {
+  constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(sizeof...(Token))>();
+  (clear_token(acc[Token], kSums), ...);
 }
 
 // A sum divided by what its codes were worth.
@@ -196,13 +209,22 @@ __m512i unscaled(__m512i sum) {
   return sum;
 }
 
-// Adds the sums of a token to those of earlier steps.
 template <class Layout, int Tokens, int... Sum>
-[[gnu::always_inline]] inline void add_sums(const __m512i (&acc)[sizeof...(Sum)], __mmask16 earlier, std::int32_t* sums,
-                                            std::integer_sequence<int, Sum...>) {
+[[gnu::always_inline]] inline void add_token(const __m512i (&acc)[sizeof...(Sum)], __mmask16 earlier,
+                                             std::int32_t* sums, std::integer_sequence<int, Sum...>) {
   __m512i total = _mm512_maskz_load_epi32(earlier, sums);
   ((total = _mm512_add_epi32(total, unscaled<Layout, Tokens, Sum>(acc[Sum]))), ...);
   _mm512_store_si512(sums, total);
+}
+
+// Adds the sums of every token to those of earlier steps.
+template <class Layout, int... Token>
+[[gnu::always_inline]] inline void add_sums(const Sums<Layout, sizeof...(Token)>& acc, __mmask16 earlier,
+                                            std::int32_t* sums, std::int64_t sums_stride,
+                                            std::integer_sequence<int, Token...>) {
+  constexpr int kCount = sizeof...(Token);
+  constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(kCount)>();
+  (add_token<Layout, kCount>(acc[Token], earlier, sums + Token * sums_stride, kSums), ...);
 }
 
 // Steps [begin, end) of a tile of `rows` rows, added to the sums of earlier ones. Returns what Layout::collect
@@ -212,21 +234,19 @@ template <class Layout, int... Token>
                                                      std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
                                                      std::integer_sequence<int, Token...> tokens) {
   constexpr int kCount = sizeof...(Token);
-  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
-  constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(kCount)>();
   const __mmask16 mask = row_mask(rows);
   const __mmask16 earlier = begin == 0 ? 0 : 0xffff;
   __m512i invalid = _mm512_setzero_si512();
   Sums<Layout, kCount> acc;
-  (clear(acc[Token], kSums), ...);
+  clear<Layout>(acc, tokens);
   for (std::int64_t step = begin; step < end; ++step) {
     const std::uint8_t* bytes = tile + step * rows * 4;
     _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
     const typename Layout::Words words = Layout::load(bytes, mask);
     invalid = Layout::collect(invalid, words);
-    multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, kEach, tokens);
+    multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, tokens);
   }
-  (add_sums<Layout, kCount>(acc[Token], earlier, sums + Token * kTileRows, kSums), ...);
+  add_sums<Layout>(acc, earlier, sums, kTileRows, tokens);
   return invalid;
 }
 
@@ -249,57 +269,69 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, s
   return invalid;
 }
 
-// ---- one token, several streams of tiles ----------------------------------------------------------------------------
+// ---- few tokens, several streams of tiles ---------------------------------------------------------------------------
 
-// kNear: farther ahead, with several streams, was slower.
-constexpr std::int64_t kNear = 512;
+// Tokens whose sums of two tiles fit into the registers.
+template <class Layout>
+constexpr int kStreamTokens = Layout::kGroups == 4 ? 4 : 2;
+
+// Four streams were slower with weights fetched farther ahead, two with the nearer ones.
+constexpr std::int64_t stream_prefetch_bytes(int tokens) { return tokens == 1 ? 512 : 2048; }
 
 // Steps [begin, end) of the tiles, added to the sums of earlier ones. Returns `found` with what Layout::collect
 // gathered.
-template <class Layout, int... Stream>
+template <class Layout, int... Token, int... Stream>
 [[gnu::always_inline]] inline __m512i stream_steps(const std::uint8_t* const* tiles, std::int64_t begin,
                                                    std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
                                                    std::int64_t sums_stride, __m512i found,
+                                                   std::integer_sequence<int, Token...> tokens,
                                                    std::integer_sequence<int, Stream...>) {
-  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
-  constexpr auto kToken = std::make_integer_sequence<int, 1>();
+  constexpr int kCount = sizeof...(Token);
   const __mmask16 before = begin == 0 ? 0 : 0xffff;
-  Sums<Layout, 1> acc[sizeof...(Stream)];
-  (clear(acc[Stream][0], kEach), ...);
+  Sums<Layout, kCount> acc[sizeof...(Stream)];
+  (clear<Layout>(acc[Stream], tokens), ...);
   for (std::int64_t step = begin; step < end; ++step) {
-    const auto multiply = [&](const std::uint8_t* bytes, Sums<Layout, 1>& stream_acc) __attribute__((always_inline)) {
-      _mm_prefetch(reinterpret_cast<const char*>(bytes + kNear), _MM_HINT_T0);
+    const auto multiply = [&](const std::uint8_t* bytes, Sums<Layout, kCount>& sums_of_stream)
+        __attribute__((always_inline)) {
+      _mm_prefetch(reinterpret_cast<const char*>(bytes + stream_prefetch_bytes(kCount)), _MM_HINT_T0);
       const typename Layout::Words words = Layout::load(bytes, row_mask(kTileRows));
       found = Layout::collect(found, words);
-      multiply_step<Layout>(stream_acc, words, x + step * 4 * Layout::kGroups, kEach, kToken);
+      multiply_step<Layout>(sums_of_stream, words, x + step * 4 * Layout::kGroups * kCount, tokens);
     };
     (multiply(tiles[Stream] + step * kTileRows * 4, acc[Stream]), ...);
   }
-  (add_sums<Layout, 1>(acc[Stream][0], before, sums + Stream * sums_stride, kEach), ...);
+  (add_sums<Layout>(acc[Stream], before, sums + Stream * kCount * sums_stride, sums_stride, tokens), ...);
   return found;
 }
 
-template <class Layout, int... Stream>
+template <class Layout, int... Token, int... Stream>
 std::uint32_t multiply_streams(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
                                const std::uint8_t* x, std::int32_t* sums, std::int64_t sums_stride,
+                               std::integer_sequence<int, Token...> tokens,
                                std::integer_sequence<int, Stream...> streams) {
   __m512i found = _mm512_setzero_si512();
   for (std::int64_t tile = 0; tile < count; ++tile) {
     const std::uint8_t* tiles[] = {runs[Stream] + tile * steps * kTileRows * 4 ...};
     for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
       const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-      found = stream_steps<Layout>(tiles, begin, end, x, sums + tile * kTileRows, sums_stride, found, streams);
+      found = stream_steps<Layout>(tiles, begin, end, x, sums + tile * kTileRows, sums_stride, found, tokens, streams);
     }
   }
   return Layout::any(found);
 }
 
-template <class Layout>
+// Calls multiply_streams for this number of tokens.
+template <class Layout, int Tokens = kStreamTokens<Layout>>
 std::uint32_t direct_streams(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
-                             const void* packed_token, void* sums, std::int64_t sums_stride) {
-  return multiply_streams<Layout>(runs, count, steps, static_cast<const std::uint8_t*>(packed_token),
-                                  static_cast<std::int32_t*>(sums), sums_stride,
-                                  std::make_integer_sequence<int, kStreams>());
+                             const void* packed_tokens, std::int64_t tokens, void* sums, std::int64_t sums_stride) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) {
+      return direct_streams<Layout, Tokens - 1>(runs, count, steps, packed_tokens, tokens, sums, sums_stride);
+    }
+  }
+  return multiply_streams<Layout>(
+      runs, count, steps, static_cast<const std::uint8_t*>(packed_tokens), static_cast<std::int32_t*>(sums),
+      sums_stride, std::make_integer_sequence<int, Tokens>(), std::make_integer_sequence<int, streams_of(Tokens)>());
 }
 
 constexpr TileFunctions avx512_tiles() {
@@ -314,9 +346,11 @@ constexpr TileFunctions avx512_tiles() {
       .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,
       .direct_rows = kTileRows,
+      .stream_tokens = kStreamTokens<TwoBit>,
       .direct_streams = direct_streams<TwoBit>,
 #ifdef __AVX512VBMI__
       .base3_direct = direct<Base3>,
+      .base3_stream_tokens = kStreamTokens<Base3>,
       .base3_direct_streams = direct_streams<Base3>,
 #endif
       .base3_recode = recode_base3,

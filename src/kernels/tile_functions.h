@@ -18,8 +18,9 @@ namespace bitcore {
 inline constexpr std::int64_t kMostDirectTokens = 24;
 inline constexpr std::int64_t kMostDirectRows = 32;
 
-/// Runs of tiles that direct_streams reads side by side.
-inline constexpr std::int64_t kStreams = 4;
+/// Runs of tiles that direct_streams reads side by side, for so many tokens.
+inline constexpr std::int64_t kMostStreams = 4;
+constexpr std::int64_t streams_of(std::int64_t tokens) { return tokens == 1 ? kMostStreams : 2; }
 
 /// What the driver knows of one row of x.
 struct Activation {
@@ -91,17 +92,20 @@ struct TileFunctions {
 
   std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
-  /// sums[stream * sums_stride + row] = kStreams runs of `count` adjacent full tiles times one packed token. The runs
-  /// are far from each other in memory, which serves several streams faster than one. Returns nonzero where a code is
-  /// invalid. Null: direct serves one token too.
-  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* tiles, std::int64_t count, std::int64_t steps,
-                                          const void* packed_token, void* sums, std::int64_t sums_stride);
+  /// sums[(stream * tokens + token) * sums_stride + row] = streams_of(tokens) runs of `count` adjacent full tiles times
+  /// packed tokens. The runs are far from each other in memory, which serves several streams faster than one. Returns
+  /// nonzero where a code is invalid.
+  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
+                                          const void* packed_tokens, std::int64_t tokens, void* sums,
+                                          std::int64_t sums_stride);
+  std::int64_t stream_tokens = 0;  ///< Up to so many tokens direct_streams is used instead of direct.
   DirectStreams direct_streams = nullptr;
 
   // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.
 
   UnpackPanel base3_unpack_panel = nullptr;  ///< unpack_panel for 1.6 bits.
   Direct base3_direct = nullptr;             ///< direct for 1.6 bits.
+  std::int64_t base3_stream_tokens = 0;
   DirectStreams base3_direct_streams = nullptr;
 
   /// Rewrites steps [step_begin, step_end) of one 1.6-bit tile as a 2-bit tile of ceil(20 / 16 * steps) steps, padded

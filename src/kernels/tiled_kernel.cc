@@ -43,7 +43,7 @@ constexpr std::int64_t kKeptSums = 4096;
 static_assert(kKeptSums >= kMostDirectTokens * kMostDirectRows);
 
 // Rows that are stored together at most.
-constexpr std::int64_t kMostStoredRows = kKeptSums / kStreams;
+constexpr std::int64_t kMostStoredRows = kKeptSums / kMostStreams;
 
 // Lanes of store.
 constexpr std::int64_t kLanes = 16;
@@ -379,8 +379,7 @@ class Run {
       const std::int64_t tokens = first_token(tile + 1, of.count) - first;
       const std::byte* packed = packed_tile(0, plan_.k_padded, first, of.count);
       const Activation* x = buffers_.activations + first;
-      const std::int64_t streamed =
-          tokens == 1 ? multiply_streams(row, rows, of.block + first, packed, x, sums, invalid) : 0;
+      const std::int64_t streamed = multiply_streams(row, rows, of.block + first, tokens, packed, x, sums, invalid);
       const std::int64_t kept_rows = kKeptSums / (tokens * f_.direct_rows) * f_.direct_rows;
       for (std::int64_t kept = streamed; kept < rows; kept += kept_rows) {
         const std::int64_t end = std::min(rows, kept + kept_rows);
@@ -400,25 +399,29 @@ class Run {
     return invalid;
   }
 
-  // One token times as many of the first rows as make kStreams equal runs of full tiles, which are read side by side.
-  // Returns their number.
-  std::int64_t multiply_streams(std::int64_t row, std::int64_t rows, std::int64_t token, const std::byte* packed,
-                                const Activation* x, std::int32_t* sums, std::uint32_t& invalid) const {
-    const auto direct = shape_.layout == Layout::base3 ? f_.base3_direct_streams : f_.direct_streams;
-    if (direct == nullptr) return 0;
-    const std::int64_t run = rows / (kStreams * kTileRows) * kTileRows;
-    for (std::int64_t kept = 0; kept < run; kept += kMostStoredRows) {
-      const std::int64_t end = std::min(run, kept + kMostStoredRows);
-      const std::uint8_t* tiles[kStreams];
-      for (std::int64_t s = 0; s < kStreams; ++s) {
-        tiles[s] = payload_ + (row + s * run + kept) * shape_.payload_row_bytes;
+  // Few tokens times as many of the first rows as make equal runs of full tiles, which are read side by side. Returns
+  // their number.
+  std::int64_t multiply_streams(std::int64_t row, std::int64_t rows, std::int64_t token, std::int64_t tokens,
+                                const std::byte* packed, const Activation* x, std::int32_t* sums,
+                                std::uint32_t& invalid) const {
+    const bool base3 = shape_.layout == Layout::base3;
+    if (tokens > (base3 ? f_.base3_stream_tokens : f_.stream_tokens)) return 0;
+    const auto direct = base3 ? f_.base3_direct_streams : f_.direct_streams;
+    const std::int64_t streams = streams_of(tokens);
+    const std::int64_t run = rows / (streams * kTileRows) * kTileRows;
+    const std::int64_t kept_rows = kKeptSums / (streams * tokens) / kTileRows * kTileRows;
+    for (std::int64_t kept = 0; kept < run; kept += kept_rows) {
+      const std::int64_t end = std::min(run, kept + kept_rows);
+      const std::uint8_t* runs[kMostStreams];
+      for (std::int64_t s = 0; s < streams; ++s) {
+        runs[s] = payload_ + (row + s * run + kept) * shape_.payload_row_bytes;
       }
-      invalid |= direct(tiles, (end - kept) / kTileRows, shape_.steps(), packed, sums, kMostStoredRows);
-      for (std::int64_t s = 0; s < kStreams; ++s) {
-        store(sums + s * kMostStoredRows, kMostStoredRows, token, 1, row + s * run + kept, end - kept, x);
+      invalid |= direct(runs, (end - kept) / kTileRows, shape_.steps(), packed, tokens, sums, kept_rows);
+      for (std::int64_t s = 0; s < streams; ++s) {
+        store(sums + s * tokens * kept_rows, kept_rows, token, tokens, row + s * run + kept, end - kept, x);
       }
     }
-    return kStreams * run;
+    return streams * run;
   }
 
   // Weights are unpacked, a block of k at a time, which all tiles of tokens then read.
