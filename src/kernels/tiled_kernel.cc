@@ -30,7 +30,7 @@ constexpr std::int64_t kPanelSumBytes = std::int64_t{128} << 10;
 constexpr std::int64_t kRunsPerThread = 2;
 
 // Packed weights that are multiplied as they are, which stay in the second-level cache for all tokens.
-constexpr std::int64_t kPanelWeightBytes = std::int64_t{128} << 10;
+constexpr std::int64_t kPanelWeightBytes = std::int64_t{64} << 10;
 
 // A block of k ends at a step of either layout.
 constexpr std::int64_t kBlockCodes = 80;
