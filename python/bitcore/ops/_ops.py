@@ -360,7 +360,7 @@ def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _save_for_training(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, weight_per_channel, int8_activations = inputs[:5]
     _, qx, x_scale, qweight, qweight_scale = output
-    # A parameter lives anyway: its codes are computed anew, which takes little time. Another weight would be kept alive.
+    # A parameter lives anyway: its codes are computed anew, in little time. Another weight would be kept alive for it.
     again = isinstance(weight, torch.nn.Parameter) and not weight.is_inference()  # Those cannot be saved.
     kept_weight = weight if again else qweight
     ctx.save_for_backward(qx if int8_activations else x, x_scale, kept_weight, qweight_scale)
