@@ -65,6 +65,7 @@ std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const Bi
 
 /// Inference.
 /// @param qweight Packed uint8, or plain int8 codes (out_features, in_features), which are packed on every call (slow).
+///                Any alignment will do; from memory, weights that begin on a cache line (64 bytes) are 5 % faster.
 /// @param bias Floating, out_features elements, or none.
 /// @param y Floating; its dtype decides the rounding.
 /// @throws QuantizationError, KernelNotFoundError
