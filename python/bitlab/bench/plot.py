@@ -107,12 +107,13 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
     first, last = min(intensities) / 1.6, max(intensities) * ROOM_FOR_NAMES
     ridge = max([value for value, _ in peaks], default=bandwidth * last) / bandwidth
     axes.plot([first, min(ridge, last)], [bandwidth * first, bandwidth * min(ridge, last)], color=INK, linewidth=1.6)
+    middle = (first * min(ridge, last)) ** 0.5
     axes.annotate(
-        f"{read} {bandwidth:.0f} GB/s",
-        (first, bandwidth * first),
-        xytext=(14, 0),
+        f"{read}\n{bandwidth:.0f} GB/s",
+        (middle, bandwidth * middle),
+        xytext=(-8, 6),
         textcoords="offset points",
-        va="top",
+        ha="right",
         fontsize=9,
     )
     previous = None
@@ -138,15 +139,17 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
 def _label_rows(axes: Axes, measurements: Sequence[Measurement]) -> None:
     """The numbers of rows along the upper edge, at the intensity of the first kernel."""
     first = next((m.contender for m in measurements if not m.contender.is_peer), measurements[0].contender)
-    for rows, intensity in {m.case.rows: _intensity(m) for m in measurements if m.contender == first}.items():
+    intensities = {m.case.rows: _intensity(m) for m in measurements if m.contender == first}
+    for rows, intensity in sorted(intensities.items()):
         axes.axvline(intensity, color="#eceff2", linewidth=6, zorder=0)
         axes.annotate(
-            f"{rows} row{'s' if rows > 1 else ''}",
+            # Numbers alone, but the last: many stand close together.
+            f"{rows}" if rows < max(intensities) else f"{rows} row{'s' if rows > 1 else ''}",
             (intensity, 1.0),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
             textcoords="offset points",
-            ha="center",
+            ha="center" if rows < max(intensities) else "left",
             fontsize=9,
             color="#4a535e",
         )
