@@ -27,8 +27,8 @@ namespace {
 constexpr std::int64_t kSmallWork = std::int64_t{1} << 17;
 // Their sums are plain sums over the rows.
 constexpr std::int64_t kSmallRows = 256;
-// Of a block's codes as floats. Those of the weight come from few bytes: a block that stays in the cache is read
-// fastest. Those of x are fewer, and dW is written fastest in whole rows.
+// Of a block's codes as floats. Those of the weight are many: a block that stays in the cache is read fastest. Those of
+// x are fewer, and dW is written fastest in whole rows.
 constexpr std::int64_t kWeightBlockBytes = std::int64_t{4} << 20;
 constexpr std::int64_t kXBlockBytes = std::int64_t{16} << 20;
 // Of a product that is still to be rounded to another dtype.
