@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <memory>
 
 #include "aligned_array.h"
 #include "arena.h"
@@ -114,6 +115,12 @@ struct Plan {
   std::int64_t splits;
 };
 
+// The first unit of a thread's run that no thread has taken yet.
+struct alignas(kCacheLine) NextUnit {
+  explicit NextUnit(std::int64_t first) : unit(first) {}
+  std::atomic<std::int64_t> unit;
+};
+
 // Scratch memory of a call, shared by its threads or one for each of them.
 struct Buffers {
   struct Thread {
@@ -129,6 +136,7 @@ struct Buffers {
     w_scale = arena.take<float>(padded_rows);
     bias = arena.take<float>(padded_rows);
     activations = arena.take<Activation>(plan.block_tokens);
+    next = arena.take<NextUnit>(plan.most_threads);
     packed = arena.take<std::byte>(plan.block_tokens * plan.token_bytes);
     first = arena.position();
     take(f, plan, arena);
@@ -145,6 +153,7 @@ struct Buffers {
   float* w_scale;
   float* bias;
   Activation* activations;
+  NextUnit* next;
   std::byte* packed;
 
  private:
@@ -226,14 +235,24 @@ class Run {
 
   Thread thread_buffers(int index) const { return buffers_.thread(f_, plan_, arena_, index); }
 
-  // Calls work(unit, buffers) for every unit; threads take the next free one, so that a slow core delays nobody.
+  // Calls work(unit, buffers) for every unit. Each thread begins with a run of adjacent units of its own, the same in
+  // every call: cores that share no cache then find x, weights and y where they left them. One that has finished its
+  // run takes units of the others', so that a slow core delays nobody.
   template <class Work>
   void for_each_unit(std::int64_t units, const Work& work) {
     const int threads = static_cast<int>(std::min<std::int64_t>(units, plan_.most_threads));
-    std::atomic<std::int64_t> next{0};
+    const auto begin = [&](int run) { return units * run / threads; };
+    for (int run = 0; run < threads; ++run) std::construct_at(&buffers_.next[run], begin(run));
     const auto task = [&](int index) {
       const Thread buffers = thread_buffers(index);
-      for (std::int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) work(unit, buffers);
+      for (int turn = 0; turn < threads; ++turn) {
+        const int run = (index + turn) % threads;
+        std::atomic<std::int64_t>& next = buffers_.next[run].unit;
+        while (next.load(std::memory_order_relaxed) < begin(run + 1)) {  // a cache line that is only read is not moved
+          const std::int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
+          if (unit < begin(run + 1)) work(unit, buffers);
+        }
+      }
     };
     if (threads == 1) {
       task(0);
@@ -350,9 +369,9 @@ class Run {
     const std::int64_t tiles = token_tiles(count);
     const std::int64_t splits = std::min(plan_.splits, tiles);
     for_each_unit(plan_.panels * splits, [&](std::int64_t unit, const Thread& thread) {
-      const std::int64_t row = plan_.first_row(unit / splits);
-      const std::int64_t rows = std::min(plan_.first_row(unit / splits + 1), shape_.out_features) - row;
-      const std::int64_t split = unit % splits;
+      const std::int64_t panel = unit % plan_.panels, split = unit / plan_.panels;
+      const std::int64_t row = plan_.first_row(panel);
+      const std::int64_t rows = std::min(plan_.first_row(panel + 1), shape_.out_features) - row;
       const TokenTiles of = {begin, count, split * tiles / splits, (split + 1) * tiles / splits};
       note_invalid(plan_.direct ? multiply_packed(row, rows, of, thread) : multiply_unpacked(row, rows, of, thread));
     });
@@ -462,7 +481,7 @@ class Run {
     std::int64_t next_k = k + plan_.k_block;
     if (next_k >= plan_.k_padded) {
       next_k = 0;
-      row += f_.panel_rows * plan_.most_threads;
+      row += f_.panel_rows;
     }
     const std::int64_t rows = std::min(f_.panel_rows, shape_.out_features - row);
     const std::int64_t step = next_k / step_codes(shape_.layout);
