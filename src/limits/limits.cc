@@ -6,8 +6,10 @@
 #include <chrono>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <vector>
 
+#include "aligned_array.h"
 #include "cpu_features.h"
 #include "limits/loops.h"
 
@@ -40,10 +42,14 @@ std::vector<MultiplyAdds> all_loops() {
   return loops;
 }
 
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 double seconds(const std::function<void()>& work) {
   const auto start = std::chrono::steady_clock::now();
   work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return seconds_since(start);
 }
 
 typedef std::uint64_t Vector __attribute__((vector_size(16)));
@@ -85,6 +91,36 @@ std::uint64_t read_all(std::span<const std::uint8_t> bytes, int streams) {
   }
 }
 
+// A cache line that two threads write in turns: the first one odd numbers, the other one the next even number.
+struct alignas(kCacheLine) Ball {
+  std::atomic<int> count{0};
+};
+
+constexpr int kRoundTrips = 100;   // of a measurement: a tenth of a millisecond
+constexpr double kPatience = 0.1;  // seconds after which a thread that does not answer is taken not to run
+
+// Waits until `ball` has reached `count`. False where that takes too long.
+bool wait_for(const Ball& ball, int count) {
+  const auto start = std::chrono::steady_clock::now();
+  for (;;) {
+    for (int look = 0; look < 1000; ++look) {
+      if (ball.count.load(std::memory_order_acquire) >= count) return true;
+    }
+    if (seconds_since(start) > kPatience) return false;
+  }
+}
+
+bool send(Ball& ball, int round) {
+  ball.count.store(2 * round + 1, std::memory_order_release);
+  return wait_for(ball, 2 * round + 2);
+}
+
+bool answer(Ball& ball, int round) {
+  if (!wait_for(ball, 2 * round + 1)) return false;
+  ball.count.store(2 * round + 2, std::memory_order_release);
+  return true;
+}
+
 }  // namespace
 
 std::span<const MultiplyAdds> multiply_adds() {
@@ -121,6 +157,36 @@ double bytes_per_second(std::span<const std::uint8_t> bytes, Executor& executor,
   });
   const std::size_t step = static_cast<std::size_t>(streams) * kStepBytes;
   return static_cast<double>(share / step * step * threads) * static_cast<double>(repeats) / time;
+}
+
+double round_trip_seconds(Executor& executor, int repeats) {
+  const int threads = executor.num_threads();
+  assert(threads >= 2 && repeats >= 1);
+  std::vector<Ball> balls(static_cast<std::size_t>(threads));
+  std::vector<double> slowest(static_cast<std::size_t>(repeats), 0.0);
+  std::atomic<bool> complete{true};
+  executor.run(threads, [&](int thread) {
+    // One after another, so that no two pairs disturb each other; those that wait for their turn only read.
+    const int first = thread == 0 ? 1 : thread, last = thread == 0 ? threads - 1 : thread;
+    for (int repeat = 0; repeat < repeats; ++repeat) {
+      for (int other = first; other <= last; ++other) {
+        Ball& ball = balls[static_cast<std::size_t>(other)];
+        const auto start = std::chrono::steady_clock::now();
+        for (int round = repeat * kRoundTrips; round < (repeat + 1) * kRoundTrips; ++round) {
+          if (complete && (thread == 0 ? send(ball, round) : answer(ball, round))) continue;
+          complete = false;
+          return;
+        }
+        if (thread != 0) continue;
+        double& time = slowest[static_cast<std::size_t>(repeat)];
+        time = std::max(time, seconds_since(start) / kRoundTrips);
+      }
+    }
+  });
+  if (!complete) return std::numeric_limits<double>::infinity();
+  const auto middle = slowest.begin() + repeats / 2;
+  std::nth_element(slowest.begin(), middle, slowest.end());
+  return *middle;
 }
 
 }  // namespace bitcore::limits

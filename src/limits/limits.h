@@ -36,4 +36,10 @@ std::int64_t least_bytes(const Executor& executor, int streams);
 /// A share is read as `streams` (1, 2, 4 or 8) parts side by side; what makes no whole step of each is left out.
 double bytes_per_second(std::span<const std::uint8_t> bytes, Executor& executor, int streams, std::int64_t repeats);
 
+/// Seconds that a cache line takes from the first thread to another one and back, of the slowest of the others: the
+/// median of `repeats` (at least 1) measurements. It tells which cache the cores share, if any, and a virtual machine's
+/// cores change it while a program runs. Infinity where the executor does not run its threads (at least 2) side by
+/// side.
+double round_trip_seconds(Executor& executor, int repeats);
+
 }  // namespace bitcore::limits

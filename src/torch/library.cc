@@ -34,7 +34,8 @@ struct Op<function> {
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
 // its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating, and the
 // weight packed, as int8 codes, or floating as it was quantized with qweight_scale; a gradient whose dtype is None is
-// not computed, and has no elements. measure_multiply_adds and measure_read return operations and bytes per second.
+// not computed, and has no elements. measure_multiply_adds and measure_read return operations and bytes per second,
+// measure_round_trip seconds.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
@@ -70,6 +71,7 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("list_limits() -> str");
   m.def("measure_multiply_adds(str name, int rounds) -> float");
   m.def("measure_read(Tensor bytes, int streams, int repeats) -> float");
+  m.def("measure_round_trip(int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
@@ -95,6 +97,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitcore, CompositeExplicitAutograd, m) {
   m.impl("kernel_tile_calls", TORCH_BOX(&Op<kernel_tile_calls>::call));
   m.impl("list_limits", TORCH_BOX(&Op<list_limits>::call));
   m.impl("measure_multiply_adds", TORCH_BOX(&Op<measure_multiply_adds>::call));
+  m.impl("measure_round_trip", TORCH_BOX(&Op<measure_round_trip>::call));
 }
 
 }  // namespace

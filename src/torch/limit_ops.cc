@@ -9,6 +9,8 @@
 namespace bitcore::torch_ops {
 namespace {
 
+constexpr std::int64_t kMostRepeats = 1'000'000;
+
 const limits::MultiplyAdds& find(const std::string& name) {
   for (const limits::MultiplyAdds& loop : limits::multiply_adds()) {
     if (loop.name != name) continue;
@@ -56,6 +58,18 @@ double measure_read(const Tensor& bytes, std::int64_t streams, std::int64_t repe
   const std::span data(static_cast<const std::uint8_t*>(bytes.const_data_ptr()),
                        static_cast<std::size_t>(bytes.numel()));
   return limits::bytes_per_second(data, executor, static_cast<int>(streams), repeats);
+}
+
+double measure_round_trip(std::int64_t repeats) {
+  require_positive(repeats, "repeats");
+  if (repeats > kMostRepeats) {
+    throw QuantizationError("repeats is " + std::to_string(repeats) + ", expected at most " +
+                            std::to_string(kMostRepeats));
+  }
+  if (torch_executor().num_threads() < 2) {
+    throw QuantizationError("torch has 1 thread, expected at least 2");
+  }
+  return limits::round_trip_seconds(torch_executor(), static_cast<int>(repeats));
 }
 
 }  // namespace bitcore::torch_ops

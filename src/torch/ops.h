@@ -58,5 +58,6 @@ std::int64_t kernel_tile_calls(StringArgument kernel);
 std::string list_limits();
 double measure_multiply_adds(StringArgument name, std::int64_t rounds);
 double measure_read(const Tensor& bytes, std::int64_t streams, std::int64_t repeats);
+double measure_round_trip(std::int64_t repeats);
 
 }  // namespace bitcore::torch_ops

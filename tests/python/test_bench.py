@@ -8,7 +8,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 import types
 from dataclasses import astuple
@@ -29,11 +31,13 @@ from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
 from bitlab.bench.limits import (
     FAMILIES,
     PATHS,
+    ROUND_TRIP,
     STREAMS,
     best_path,
     bound,
     kernel_path,
     peak_sampler,
+    round_trip_sampler,
     supported_paths,
     weight_read_samplers,
 )
@@ -114,6 +118,7 @@ def test_float32_threads_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert main(["bench", *arguments]) == 0
     found = json.loads((tmp_path / "bench.json").read_text())
     assert {limit["name"] for limit in found["limits"]} >= {"memory read", "memory read 2bit"}
+    assert [(e["threads"], e["unit"]) for e in found["limits"] if e["name"] == ROUND_TRIP] == [(2, "ns")]
     assert [(e["threads"], e["activations"], e["dispatched"]) for e in found["measurements"]] == [
         *((1, "float32", True), (1, "int8", True)),
         *((2, "float32", True), (2, "int8", True)),
@@ -425,9 +430,37 @@ def test_reads_of_weights_take_turns(size: int) -> None:
     assert next(turn) == reads % 3  # a read takes the turn that a kernel would have had
 
 
+def test_round_trip_between_threads() -> None:
+    with torch_threads(1):
+        assert round_trip_sampler() is None
+    with torch_threads(2):
+        sampler = round_trip_sampler()
+        assert sampler is not None
+        assert all(0 < nanoseconds < math.inf for _ in range(3) for nanoseconds in sampler())
+    with torch_threads(3):  # the slowest of two, whether or not there are three cores
+        assert 0 < torch.ops.bitcore.measure_round_trip(1) < math.inf
+
+
+def test_round_trip_of_threads_that_do_not_run_side_by_side() -> None:
+    program = """
+import torch, bitcore
+from bitlab.bench.limits import round_trip_sampler
+torch.set_num_threads(2)
+print(torch.get_num_threads(), torch.ops.bitcore.measure_round_trip(2), round_trip_sampler())
+"""
+    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.split() == ["2", "inf", "None"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: torch.ops.bitcore.measure_round_trip(0), "repeats is 0, expected at least 1"),
+        (lambda: torch.ops.bitcore.measure_round_trip(1), "torch has 1 thread, expected at least 2"),
+        (lambda: torch.ops.bitcore.measure_round_trip(10**9), "repeats is 1000000000, expected at most 1000000"),
         (lambda: torch.ops.bitcore.measure_multiply_adds("vfnord", 1), "name is 'vfnord', expected one"),
         (lambda: torch.ops.bitcore.measure_multiply_adds("int16 baseline", 0), "rounds is 0, expected at least 1"),
         (lambda: torch.ops.bitcore.measure_read(torch.ones(9), 1, 1), "bytes must be a contiguous uint8 tensor"),

@@ -1,6 +1,7 @@
 """What this machine can do at most, measured in turns with everything else, and which part of it bounds whom."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,12 +14,14 @@ from bitcore.kernels.builtin import BUILTIN_KERNELS
 
 READ = "memory read"
 READ_IN_CACHE = "cache read"
+ROUND_TRIP = "cache line round trip"  # Bounds nobody, but tells which cache the cores share.
 STREAMS = (1, 2, 4, 8)  # Which one reads fastest depends on the machine: the limit is the best of them.
 STEP_BYTES = 256  # That a stream reads at once: smaller weights are repeated until there is one for every stream.
 READ_BYTES = 64 * 2**20  # Of one measurement: milliseconds, beside which the start of a thread is little.
 SMALL_BYTES = 2**18  # A smaller weight is read as often as makes more: otherwise the start of a thread is most of it.
 TURN_BYTES = 16 * 2**20  # Of weights that are read one after another in a turn.
 PEAK_SECONDS, PEAK_SAMPLES = 1e-3, 5
+ROUND_TRIP_REPEATS = 5
 
 # The multiply-adds of a kernel, by how its name begins; the first that fits.
 PATHS = (
@@ -52,6 +55,13 @@ def weight_read(layout: str, in_cache: bool) -> str:
 def is_read(name: str) -> bool:
     """Whether a limit is in GB/s."""
     return name.startswith((READ, READ_IN_CACHE))
+
+
+def unit(name: str) -> str:
+    """Of a limit."""
+    if name == ROUND_TRIP:
+        return "ns"
+    return "GB/s" if is_read(name) else "GOPS"
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,21 @@ def peak_sampler(path: str) -> Callable[[], list[float]]:
 
 def _operations_of_a_round(path: str) -> int:
     return next(entry["operations"] for entry in json.loads(torch.ops.bitcore.list_limits()) if entry["name"] == path)
+
+
+def round_trip_sampler() -> Callable[[], list[float]] | None:
+    """Measures how long a cache line takes from torch's first thread to the slowest of the others and back, in ns.
+
+    None with one thread, and where not all of them run at a time.
+    """
+    if torch.get_num_threads() < 2 or not _round_trip():
+        return None
+    return _round_trip
+
+
+def _round_trip() -> list[float]:
+    seconds = torch.ops.bitcore.measure_round_trip(ROUND_TRIP_REPEATS)
+    return [seconds * 1e9] if math.isfinite(seconds) else []
 
 
 def read_sampler(data: Tensor) -> Callable[[], list[float]]:

@@ -20,8 +20,10 @@ from bitlab.bench.layer import Prepared, make_layer, make_x
 from bitlab.bench.limits import (
     READ,
     READ_IN_CACHE,
+    ROUND_TRIP,
     peak_sampler,
     read_sampler,
+    round_trip_sampler,
     weight_read,
     weight_read_samplers,
 )
@@ -153,6 +155,8 @@ def _measure_case(
     for layout, pool in pools.items():
         for streams, sampler in weight_read_samplers(pool.copies, pool.turn).items():
             samplers[weight_read(layout, options.in_cache), streams] = sampler
+    if round_trip := round_trip_sampler():
+        samplers[ROUND_TRIP] = round_trip
     paths = dict.fromkeys(contender.path for contender in prepared if contender.path is not None)
     samplers |= {path: peak_sampler(path) for path in paths}
     x = make_x(case.rows, case.in_features)
@@ -161,7 +165,7 @@ def _measure_case(
     samples = take_turns(samplers, options.repetitions, options.seconds / cases)
     limits: dict[str, Limit] = {}
     for key, values in samples.items():
-        if isinstance(key, Contender):
+        if isinstance(key, Contender) or not values:
             continue
         name = key if isinstance(key, str) else key[0]
         limit = Limit(case, name, spread(values))

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bitlab.bench.limits import READ, READ_IN_CACHE, is_read
+from bitlab.bench.limits import READ, READ_IN_CACHE, is_read, unit
 from bitlab.bench.results import Measurement, Results, overall_limits
 from bitlab.style import BLUE, GREY, INK, ORANGE, RED, STYLE
 
@@ -102,7 +102,7 @@ def _draw_limits(axes: Axes, results: Results, threads: int) -> None:
     }
     read = next(name for name in (READ, READ_IN_CACHE) if name in overall)
     bandwidth = max(value for name, value in overall.items() if is_read(name))
-    peaks = sorted((value, name) for name, value in overall.items() if not is_read(name))
+    peaks = sorted((value, name) for name, value in overall.items() if unit(name) == "GOPS")
     intensities = [_intensity(m) for m in results.measurements]
     first, last = min(intensities) / 1.6, max(intensities) * ROOM_FOR_NAMES
     ridge = max([value for value, _ in peaks], default=bandwidth * last) / bandwidth

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitlab.bench.contenders import Contender
-from bitlab.bench.limits import PUBLISHED, is_read
+from bitlab.bench.limits import PUBLISHED, unit
 from bitlab.bench.results import (
     RATIOS_TO,
     SLOWER_ALLOWED_PERCENT,
@@ -17,13 +17,13 @@ from bitlab.bench.results import (
     overall_limits,
     reached,
     training_ratios,
-    unit,
 )
 from bitlab.bench.training import BITLINEAR
 from bitlab.times import format_spread
 
 RATIO_HEADINGS = ("x f32", "x bf16", "x i8")  # Of RATIOS_TO.
 LONGEST_NAME = 21
+UNITS = ("GB/s", "GOPS", "ns")  # Of limits, in the order of the table.
 
 
 def print_machine(results: Results, console: Console) -> None:
@@ -53,9 +53,9 @@ def print_limits(results: Results, console: Console) -> None:
         return
     overall = overall_limits(results.limits)
     threads = sorted({count for _, count in overall})
-    names = sorted({name for name, _ in overall}, key=lambda name: (not is_read(name), name))
+    names = sorted({name for name, _ in overall}, key=lambda name: (UNITS.index(unit(name)), name))
     table = _table(
-        "Limits of this machine\nof a case: the median of a read, the upper decile of multiply-adds; "
+        "Limits of this machine\nof a case: the median, of multiply-adds the upper decile; "
         "here the median over the cases (middle 80 %)"
     )
     table.add_column("limit")

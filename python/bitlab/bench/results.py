@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlab.bench.contenders import OWN_LAYOUT, Contender
-from bitlab.bench.limits import PUBLISHED, Bound, bound, is_read
+from bitlab.bench.limits import PUBLISHED, Bound, bound, unit
 from bitlab.bench.machine import Machine
 from bitlab.bench.options import BenchOptions
 from bitlab.bench.peers import TORCH_BFLOAT16, TORCH_FLOAT32, TORCH_INT8
@@ -36,7 +36,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit as one case's turns found it: GB/s of a read, GOPS of multiply-adds, all threads together."""
+    """A limit as one case's turns found it, for all threads together. limits.unit: GB/s, GOPS or ns."""
 
     case: Case
     name: str
@@ -48,7 +48,7 @@ class Limit:
 
         Of multiply-adds the upper decile: measured too low they would flatter everybody, and noise only lowers them.
         """
-        return self.value.median if is_read(self.name) else self.value.high
+        return self.value.high if unit(self.name) == "GOPS" else self.value.median
 
 
 @dataclass(frozen=True)
@@ -298,8 +298,3 @@ def _spread(value: Spread, suffix: str) -> dict[str, Any]:
         f"p90{suffix}": value.high,
         "repetitions": value.count,
     }
-
-
-def unit(limit: str) -> str:
-    """Of a limit."""
-    return "GB/s" if is_read(limit) else "GOPS"
