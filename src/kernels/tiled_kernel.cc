@@ -75,6 +75,8 @@ struct Plan {
     if (!direct) fitting = std::min(fitting, kPanelSumBytes / (4 * f.panel_rows));
     block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), token_tile));
 
+    own_x = most_threads > 1 && tokens <= token_tile && f.activation_dtype == ActivationDtype::int8;
+
     panel_unit = direct ? f.direct_rows : f.panel_rows;
     units = ceil_div(shape.out_features, panel_unit);
     panels = direct ? direct_panels(f, tokens, shape) : units;
@@ -109,6 +111,7 @@ struct Plan {
   std::int64_t k_block;
   int most_threads;
   std::int64_t block_tokens;  // packed and multiplied before the next ones
+  bool own_x;                 // each thread packs the one tile of tokens for itself: one alone would take as long
   std::int64_t panel_unit;    // output rows that the kernel computes together
   std::int64_t units;
   std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
@@ -121,9 +124,17 @@ struct alignas(kCacheLine) NextUnit {
   std::atomic<std::int64_t> unit;
 };
 
+// A block of tokens as the tile functions read it.
+struct PackedTokens {
+  Activation* activations;  // one for each token
+  std::byte* codes;
+};
+
 // Scratch memory of a call, shared by its threads or one for each of them.
 struct Buffers {
   struct Thread {
+    PackedTokens x;   // with Plan::own_x of this thread, otherwise of all
+    bool has_x;       // with Plan::own_x: it is packed
     float* floats;    // a row of x, widened
     std::byte* rows;  // rows of activations, row-major
     std::uint8_t* recoded;
@@ -135,9 +146,8 @@ struct Buffers {
     const std::int64_t padded_rows = round_up(shape.out_features, kLanes);
     w_scale = arena.take<float>(padded_rows);
     bias = arena.take<float>(padded_rows);
-    activations = arena.take<Activation>(plan.block_tokens);
     next = arena.take<NextUnit>(plan.most_threads);
-    packed = arena.take<std::byte>(plan.block_tokens * plan.token_bytes);
+    if (!plan.own_x) x = take_x(plan, arena);
     first = arena.position();
     take(f, plan, arena);
     per_thread = arena.position() - first;
@@ -152,13 +162,19 @@ struct Buffers {
 
   float* w_scale;
   float* bias;
-  Activation* activations;
   NextUnit* next;
-  std::byte* packed;
 
  private:
-  static Thread take(const TileFunctions& f, const Plan& plan, Arena& arena) {
+  static PackedTokens take_x(const Plan& plan, Arena& arena) {
+    PackedTokens taken{};
+    taken.activations = arena.take<Activation>(plan.block_tokens);
+    taken.codes = arena.take<std::byte>(plan.block_tokens * plan.token_bytes);
+    return taken;
+  }
+
+  Thread take(const TileFunctions& f, const Plan& plan, Arena& arena) const {
     Thread thread{};
+    thread.x = plan.own_x ? take_x(plan, arena) : x;
     thread.floats = arena.take<float>(plan.k_padded);
     thread.rows = arena.take<std::byte>(std::min(plan.token_tile, plan.block_tokens) * plan.row_bytes);
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
@@ -169,6 +185,7 @@ struct Buffers {
     return thread;
   }
 
+  PackedTokens x{};
   std::int64_t first;
   std::int64_t per_thread;
 };
@@ -213,7 +230,7 @@ class Run {
     if (is_int8() && per_tensor()) set_tensor_scale();
     for (std::int64_t begin = 0; begin < tokens_; begin += plan_.block_tokens) {
       const std::int64_t count = std::min(plan_.block_tokens, tokens_ - begin);
-      pack_block(begin, count);
+      if (!plan_.own_x) pack_block(begin, count);
       multiply_block(begin, count);
     }
     if (invalid_.load(std::memory_order_relaxed) != 0) fail_invalid_code();
@@ -244,7 +261,7 @@ class Run {
     const auto begin = [&](int run) { return units * run / threads; };
     for (int run = 0; run < threads; ++run) std::construct_at(&buffers_.next[run], begin(run));
     const auto task = [&](int index) {
-      const Thread buffers = thread_buffers(index);
+      Thread buffers = thread_buffers(index);
       for (int turn = 0; turn < threads; ++turn) {
         const int run = (index + turn) % threads;
         std::atomic<std::int64_t>& next = buffers_.next[run].unit;
@@ -344,31 +361,39 @@ class Run {
 
   // Where the tile of tokens [first, last) of a block begins, for the block of k that begins at k: all tiles of a block
   // of k are adjacent, in the order in which they are read.
-  std::byte* packed_tile(std::int64_t k, std::int64_t k_count, std::int64_t first, std::int64_t count) const {
-    return buffers_.packed + (k * count + first * k_count) * f_.token_element;
+  std::byte* packed_tile(const PackedTokens& x, std::int64_t k, std::int64_t k_count, std::int64_t first,
+                         std::int64_t count) const {
+    return x.codes + (k * count + first * k_count) * f_.token_element;
   }
 
   std::int64_t k_count(std::int64_t k) const { return std::min(plan_.k_block, plan_.k_padded - k); }
 
   void pack_block(std::int64_t begin, std::int64_t count) {
     for_each_unit(token_tiles(count), [&](std::int64_t tile, const Thread& thread) {
-      const std::int64_t first = first_token(tile, count);
-      const std::int64_t tokens = first_token(tile + 1, count) - first;
-      for (std::int64_t m = 0; m < tokens; ++m) {
-        buffers_.activations[first + m] =
-            prepare_row(begin + first + m, thread.floats, thread.rows + m * plan_.row_bytes);
-      }
-      for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
-        f_.pack_tokens(thread.rows + k * plan_.x_element, plan_.row_bytes, tokens, k_count(k),
-                       packed_tile(k, k_count(k), first, count));
-      }
+      pack_tile(begin, first_token(tile, count), first_token(tile + 1, count), count, thread);
     });
+  }
+
+  // Tokens [first, last) of the block of `count` tokens that begins at token `begin`.
+  void pack_tile(std::int64_t begin, std::int64_t first, std::int64_t last, std::int64_t count,
+                 const Thread& thread) const {
+    for (std::int64_t m = first; m < last; ++m) {
+      thread.x.activations[m] = prepare_row(begin + m, thread.floats, thread.rows + (m - first) * plan_.row_bytes);
+    }
+    for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
+      f_.pack_tokens(thread.rows + k * plan_.x_element, plan_.row_bytes, last - first, k_count(k),
+                     packed_tile(thread.x, k, k_count(k), first, count));
+    }
   }
 
   void multiply_block(std::int64_t begin, std::int64_t count) {
     const std::int64_t tiles = token_tiles(count);
     const std::int64_t splits = std::min(plan_.splits, tiles);
-    for_each_unit(plan_.panels * splits, [&](std::int64_t unit, const Thread& thread) {
+    for_each_unit(plan_.panels * splits, [&](std::int64_t unit, Thread& thread) {
+      if (plan_.own_x && !thread.has_x) {
+        pack_tile(begin, 0, count, count, thread);
+        thread.has_x = true;
+      }
       const std::int64_t panel = unit % plan_.panels, split = unit / plan_.panels;
       const std::int64_t row = plan_.first_row(panel);
       const std::int64_t rows = std::min(plan_.first_row(panel + 1), shape_.out_features) - row;
@@ -396,8 +421,8 @@ class Run {
     for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
       const std::int64_t first = first_token(tile, of.count);
       const std::int64_t tokens = first_token(tile + 1, of.count) - first;
-      const std::byte* packed = packed_tile(0, plan_.k_padded, first, of.count);
-      const Activation* x = buffers_.activations + first;
+      const std::byte* packed = packed_tile(thread.x, 0, plan_.k_padded, first, of.count);
+      const Activation* x = thread.x.activations + first;
       const std::int64_t streamed = multiply_streams(row, rows, of.block + first, tokens, packed, x, sums, invalid);
       const std::int64_t kept_rows = kKeptSums / (tokens * f_.direct_rows) * f_.direct_rows;
       for (std::int64_t kept = streamed; kept < rows; kept += kept_rows) {
@@ -453,12 +478,12 @@ class Run {
         const std::int64_t first = first_token(tile, of.count);
         const std::int64_t tokens = first_token(tile + 1, of.count) - first;
         std::int32_t* sums = thread.sums + (first - base) * f_.panel_rows;
-        const Activation* x = buffers_.activations + first;
+        const Activation* x = thread.x.activations + first;
         if (k == 0) std::fill_n(sums, tokens * f_.panel_rows, 0);  // the bits of int32 and float zero are the same
         const bool last_block = k + plan_.k_block >= plan_.k_padded;
         if (last_block) prefetch_outputs(of.block + first, tokens, row, rows);
         prefetch_weights(row, k, tile - of.begin, of.end - of.begin);
-        f_.gemm(thread.panel, packed_tile(k, k_count(k), first, of.count), tokens, k_count(k), sums);
+        f_.gemm(thread.panel, packed_tile(thread.x, k, k_count(k), first, of.count), tokens, k_count(k), sums);
         if (last_block) store(sums, f_.panel_rows, of.block + first, tokens, row, rows, x);
       }
     }
