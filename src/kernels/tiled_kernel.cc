@@ -27,9 +27,6 @@ constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
 // Sums of a panel, which stay in the second-level cache between two blocks of k.
 constexpr std::int64_t kPanelSumBytes = std::int64_t{128} << 10;
 
-// Runs of rows that a thread takes one after another, so that one that starts late or is slow delays the others little.
-constexpr std::int64_t kRunsPerThread = 2;
-
 // Packed weights that are multiplied as they are, which stay in the second-level cache for all tokens.
 constexpr std::int64_t kPanelWeightBytes = std::int64_t{64} << 10;
 
@@ -89,7 +86,7 @@ struct Plan {
   // comes. Several tiles of tokens find the weights in the second-level cache; a rewritten tile serves all tokens.
   std::int64_t direct_panels(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
     if (recode) return units;
-    std::int64_t least = most_threads > 1 ? kRunsPerThread * std::int64_t{most_threads} : 1;
+    std::int64_t least = most_threads;
     if (tokens > token_tile) {
       const std::int64_t fitting =
           std::max<std::int64_t>(1, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
