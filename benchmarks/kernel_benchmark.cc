@@ -5,7 +5,7 @@
 // Forward/<kernel>/<layout>/<rows of x>/<out_features>/<in_features>/<threads>: one call of bitlinear::forward,
 // quantization and thread start included. Packed weights rotate over more than twice the last-level cache. GOPS = 2 M N
 // K / time; GB/s counts packed weights. Limit/ReadMatrices/<layout>/<out_features>/<in_features>/<threads>/<streams>: a
-// pure read of such matrices. Limit/<loop>/<threads> and Limit/ReadBandwidth/<threads>/<streams>: src/limits.
+// pure read of such matrices. Limit/<loop>/<threads> and Limit/ReadBandwidth/<threads>/<streams>: benchmarks/limits.
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -17,12 +17,12 @@
 #include <utility>
 #include <vector>
 
-#include "aligned_array.h"
+#include "benchmarks/limits/limits.h"
+#include "bitcore/base/aligned_array.h"
 #include "bitcore/executor.h"
+#include "bitcore/kernels/int8_avxvnni_evex.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
-#include "kernels/int8_avxvnni_evex.h"
-#include "limits/limits.h"
 
 namespace bitcore::benchmarks {
 namespace {

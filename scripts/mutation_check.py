@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "scripts" / "mutations.toml"
 # What a build of the C++ tests reads.
-TREE = ("CMakeLists.txt", "cmake", "include", "src", "tests/builds", "tests/cpp")
+TREE = ("CMakeLists.txt", "cmake", "include", "src", "benchmarks", "bindings", "tests/builds", "tests/cpp")
 TEST_SECONDS = 300
 
 # -O1: half the time to compile, and the kernels are still fast enough.

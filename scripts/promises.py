@@ -77,7 +77,7 @@ class Recorder:
         self.cases: dict[str, Case] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        name = report.nodeid.removeprefix("tests/python/")
+        name = report.nodeid.split("/")[-1]
         case = self.cases.setdefault(name, Case(name, "passed"))
         if report.failed:
             case.outcome = "failed"
@@ -105,7 +105,7 @@ def pytest_configure(config: Any) -> None:
         def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
             before = {name: tile_calls(name) for name in native}
             result = yield
-            case = recorder.cases[item.nodeid.removeprefix("tests/python/")]
+            case = recorder.cases[item.nodeid.split("/")[-1]]
             ran = {name for name in native if tile_calls(name) != before[name]}
             # It has no tiles to count: it ran where the test is about it.
             if case.outcome == "passed" and "TorchKernel" in item.nodeid:
@@ -126,7 +126,12 @@ def run_pytest(names: list[str]) -> list[Case]:
         tests = sorted(
             {name for name in names if "::" not in name} | {n for n in names if n.split("::")[0] not in names}
         )
-        subprocess.run([*command, *(f"tests/python/{n}" for n in tests)], cwd=ROOT, env=environment, timeout=SECONDS)
+        subprocess.run(
+            [*command, *(str(test_file(n)) + n[len(n.split("::")[0]) :] for n in tests)],
+            cwd=ROOT,
+            env=environment,
+            timeout=SECONDS,
+        )
         return [
             Case(c["name"], c["outcome"], c["reason"], frozenset(c["kernels"])) for c in json.loads(results.read_text())
         ]
@@ -136,7 +141,7 @@ def run_pytest(names: list[str]) -> list[Case]:
 
 
 def read_gtest(path: Path) -> list[Case]:
-    """The tests of an XML report; tests/cpp/record_kernels.cc puts the kernels there."""
+    """The tests of an XML report; tests/cpp/bitcore/record_kernels.cc puts the kernels there."""
     cases = []
     for test in ElementTree.parse(path).iter("testcase"):
         if test.get("status") != "run":  # left out by the filter, or only listed
@@ -238,9 +243,15 @@ def counts(cases: Iterable[Case]) -> str:
     )
 
 
+def test_file(name: str) -> Path:
+    """Of FILE or FILE::FUNCTION."""
+    (found,) = (ROOT / "tests" / "python").rglob(name.split("::")[0])
+    return found
+
+
 def link(kind: str, name: str) -> str:
     return (
-        f"[{name}](../tests/python/{name.split('::')[0]})"
+        f"[{name}](../{test_file(name).relative_to(ROOT)})"
         if kind == "pytest"
         else f"{name} ({'C++' if kind == 'gtest' else 'ctest'})"
     )
@@ -284,7 +295,7 @@ INTRODUCTION = """\
 
 `make promises` wrote this page: it ran the tests of [tests/promises.toml](../tests/promises.toml), which names them for
 every promise of [contract.md](contract.md) and [api.md](api.md), and recorded how they ended and which kernels computed
-tiles in them. A test compares with the definition in plain NumPy ([oracle.py](../tests/python/oracle.py)), with
+tiles in them. A test compares with the definition in plain NumPy ([oracle.py](../tests/python/helpers/oracle.py)), with
 `ReferenceKernel`, or with plain PyTorch.
 
 Kernels are named without their ending `Kernel`. Those of other CPUs ran under emulation (`Emulated.*`, QEMU), and

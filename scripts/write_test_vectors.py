@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/guides/test-vectors.json: inputs and the bits that every implementation of the contract returns.
 
-The numbers come from tests/python/oracle.py, the contract in plain NumPy; nothing of BitLab takes part.
+The numbers come from tests/python/helpers/oracle.py, the contract in plain NumPy; nothing of BitLab takes part.
 docs/guides/porting.md describes the file.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "python"))
+sys.path.insert(0, str(ROOT / "tests" / "python" / "helpers"))
 
 import oracle  # noqa: E402
 from oracle import Floats, Schema  # noqa: E402

@@ -1,6 +1,6 @@
 """The operators `torch.ops.bitcore.*` as Python completes them: other devices, fakes, autograd.
 
-src/torch/library.cc holds their schemas and what a CPU runs. Importing this module loads them. Each has
+bindings/torch/library.cc holds their schemas and what a CPU runs. Importing this module loads them. Each has
 
 - a function for every other device: the one of the same name in `_torch_ops`;
 - a fake (shape and dtype inference) that checks what the operator checks;

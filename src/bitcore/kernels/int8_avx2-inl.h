@@ -1,0 +1,356 @@
+// int8 kernels with 256-bit registers: everything but the multiply-add, which the including file brings.
+//
+// Packer: standard form, both layouts. CPU features: AVX2, FMA. Half a step of a full tile is one register with an
+// output row in each 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver
+// starts every sum at minus the sum of the token's activations, which takes the 1 off again.
+//
+// Panel: [k / 4][16 rows] words of four codes; tokens: [k / 4][token] words of four activations.
+//
+// `Arithmetic` is a struct of static members that says how products of codes and activations are added up:
+//   multiply_add(sums, codes, activations)  sums += codes * activations, in the lanes of the including file
+//   rows(sums)                              the int32 sum of each output row
+//   kFoldGroups                             groups of four k, codes up to 2, that sums hold
+//   kDirectTokens                           TileFunctions::direct_tokens
+//   direct_sums(tokens)                     registers of sums of each token and half of a tile in direct: 1, 2 or 4
+//
+// In an unnamed namespace for the reason given in float_types-inl.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <array>
+#include <utility>
+
+#include "bitcore/kernels/builtin.h"
+#include "bitcore/kernels/int8_words-inl.h"
+#include "bitcore/packing/packing_internal.h"
+#include "bitcore/quantize/quantize-inl.h"
+
+namespace bitcore {
+namespace {
+
+constexpr std::int64_t kRows = kTileRows;
+constexpr int kLanes = 8;
+constexpr int kHalves = 2;  // registers of a tile
+// 6 tokens x 2 registers of sums, 2 of weights, one broadcast and one product: all 16 registers.
+constexpr int kTokens = 6;
+// 16 rows x 1,024 bytes = 16 KiB of weights and 6 x 1,024 = 6 KiB of activations share an L1 cache of 32 KiB.
+constexpr std::int64_t kBlock = 1024;
+// How far ahead of the weights being multiplied the next ones are fetched: beyond the page, where the hardware's own
+// prefetching stops.
+constexpr std::int64_t kPrefetchBytes = 4096;
+
+__m256i load(const void* bytes) { return _mm256_loadu_si256(static_cast<const __m256i*>(bytes)); }
+
+__m256i broadcast_word(const void* activations) {
+  std::int32_t word;
+  std::memcpy(&word, activations, sizeof(word));
+  return _mm256_set1_epi32(word);
+}
+
+void prefetch(const std::uint8_t* bytes) {
+  _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
+}
+
+// All bits of the lanes of one half of a tile that hold rows.
+__m256i lane_mask(std::int64_t rows, int half) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(rows) - half * kLanes), lanes);
+}
+
+// ---- the layouts ---------------------------------------------------------------------------------------------------
+
+__m256i low_fields() { return _mm256_set1_epi8(0x03); }
+
+// 2 bits: the four fields of a byte are the codes of four groups of k.
+struct TwoBit {
+  static constexpr int kGroups = 4;
+  using Words = __m256i;
+
+  static Words split(__m256i bytes) { return bytes; }
+
+  // ORs codes that are 3 into `invalid`; bits between the fields are noise until any() drops them.
+  static __m256i collect(__m256i invalid, const Words& words) {
+    return _mm256_or_si256(invalid, _mm256_and_si256(words, _mm256_srli_epi32(words, 1)));
+  }
+  static std::uint32_t any(__m256i invalid, __m256i lanes) {
+    return _mm256_testz_si256(invalid, _mm256_and_si256(lanes, _mm256_set1_epi32(0x55555555))) ? 0u : 1u;
+  }
+
+  template <int Group>
+  static __m256i codes(const Words& words) {
+    return _mm256_and_si256(Group == 0 ? words : _mm256_srli_epi32(words, 2 * Group), low_fields());
+  }
+
+  // Codes worth 2^scale_bits(Group) times their value: one shift instead of three for the four groups.
+  static constexpr int scale_bits(int group) { return group % 2 == 0 ? 0 : 2; }
+  template <int Group>
+  static __m256i scaled_codes(const Words& words) {
+    const __m256i nibbles = Group < 2 ? words : _mm256_srli_epi32(words, 4);
+    return _mm256_and_si256(nibbles, _mm256_set1_epi8(static_cast<char>(0x03 << scale_bits(Group))));
+  }
+};
+
+using Table = std::array<std::uint8_t, 16>;
+
+// The values of entry(0) to entry(15).
+template <class Entry>
+constexpr Table make_table(Entry entry) {
+  Table table{};
+  for (int i = 0; i < 16; ++i) table[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(entry(i));
+  return table;
+}
+
+// The entry that the low four bits of each byte name; the top bit of a byte is 0.
+__m256i look_up(const Table& table, __m256i bytes) {
+  const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.data()));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), bytes);
+}
+
+// 1.6 bits: the five digits of a byte in base 3 are the codes of five groups of k. Two rounds of b = min(b, b - 81) on
+// unsigned bytes peel the top digit off. The rest, below 81, is 9 h + l, with two digits in each of h and l.
+struct Base3 {
+  static constexpr int kGroups = 5;
+  // The multiple of nine in (8 i - 9, 8 i]: taken off a rest from 8 i to 8 i + 7 it leaves 0 to 15.
+  static constexpr Table kNines = make_table([](int i) { return 8 * i / 9 * 9; });
+  static constexpr Table kMod9 = make_table([](int i) { return i % 9; });
+  static constexpr Table kDigit0 = make_table([](int i) { return i % 9 % 3; });
+  static constexpr Table kDigit1 = make_table([](int i) { return i % 9 / 3; });
+  // Of the low four bits of 9 h, which differ for each h; 9 * 9 is 1 modulo 16.
+  static constexpr Table kDigit2 = make_table([](int i) { return 9 * i % 16 % 3; });
+  static constexpr Table kDigit3 = make_table([](int i) { return 9 * i % 16 / 3; });
+
+  struct Words {
+    __m256i bytes;
+    __m256i low;    // l, or l + 9 where that is below 16
+    __m256i nines;  // 9 h
+    __m256i top;    // 81 times the top digit
+  };
+
+  static Words split(__m256i bytes) {
+    const __m256i place = _mm256_set1_epi8(81);
+    const __m256i once = _mm256_min_epu8(bytes, _mm256_sub_epi8(bytes, place));
+    const __m256i rest = _mm256_min_epu8(once, _mm256_sub_epi8(once, place));
+    const __m256i eighth = _mm256_and_si256(_mm256_srli_epi16(rest, 3), _mm256_set1_epi8(0x0f));
+    const __m256i low = _mm256_sub_epi8(rest, look_up(kNines, eighth));
+    return {bytes, low, _mm256_sub_epi8(rest, look_up(kMod9, low)), _mm256_sub_epi8(bytes, rest)};
+  }
+
+  static __m256i collect(__m256i largest, const Words& words) { return _mm256_max_epu8(largest, words.bytes); }
+  static std::uint32_t any(__m256i largest, __m256i lanes) {
+    const __m256i most = _mm256_set1_epi8(static_cast<char>(kMostBase3Byte));
+    return _mm256_testz_si256(_mm256_subs_epu8(largest, most), lanes) ? 0u : 1u;
+  }
+
+  // 81 and 162 have 1 and 2 in their lowest two bits.
+  template <int Group>
+  static __m256i codes(const Words& words) {
+    if constexpr (Group == 4) return _mm256_and_si256(words.top, low_fields());
+    if constexpr (Group >= 2) return look_up(Group == 2 ? kDigit2 : kDigit3, words.nines);
+    return look_up(Group == 0 ? kDigit0 : kDigit1, words.low);
+  }
+
+  static constexpr int scale_bits(int) { return 0; }
+  template <int Group>
+  static __m256i scaled_codes(const Words& words) {
+    return codes<Group>(words);
+  }
+};
+
+// One half of a step. Where the tile has fewer than 16 rows the other lanes read what follows, in the end the trailer,
+// which is long enough: their sums are never stored, their invalid codes are masked. (Masked loads would be exact, but
+// ran at a quarter of the speed from memory.)
+template <class Layout>
+typename Layout::Words load_half(const std::uint8_t* step, int half) {
+  return Layout::split(load(step + half * kLanes * 4));
+}
+
+// out += rows.
+void add_rows(std::int32_t* out, __m256i rows) {
+  auto* lanes = reinterpret_cast<__m256i*>(out);
+  _mm256_store_si256(lanes, _mm256_add_epi32(_mm256_load_si256(lanes), rows));
+}
+
+// ---- many tokens ---------------------------------------------------------------------------------------------------
+
+template <class Layout, int... Group>
+void store_groups(const typename Layout::Words& words, __m256i* panel, std::integer_sequence<int, Group...>) {
+  (_mm256_store_si256(panel + Group * kHalves, Layout::template codes<Group>(words)), ...);
+}
+
+template <class Layout>
+std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t rows, std::int64_t step_begin,
+                           std::int64_t step_end, void* panel) {
+  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
+  auto* out = static_cast<__m256i*>(panel);
+  __m256i invalid[kHalves] = {};
+  for (std::int64_t step = step_begin; step < step_end; ++step, out += Layout::kGroups * kHalves) {
+    const std::uint8_t* bytes = tiles + step * rows * 4;
+    prefetch(bytes);
+#pragma GCC unroll 2
+    for (int half = 0; half < kHalves; ++half) {
+      const typename Layout::Words words = load_half<Layout>(bytes, half);
+      invalid[half] = Layout::collect(invalid[half], words);
+      store_groups<Layout>(words, out + half, kEach);
+    }
+  }
+  return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
+}
+
+// At most Arithmetic::kFoldGroups groups of four k.
+template <class Arithmetic, int Tokens>
+void gemm_groups(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t groups, std::int32_t* sums) {
+  __m256i acc[Tokens][kHalves];
+#pragma GCC unroll 6
+  for (int m = 0; m < Tokens; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+  for (std::int64_t group = 0; group < groups; ++group, weights += kRows * 4, x += Tokens * 4) {
+    const __m256i first = load(weights);
+    const __m256i second = load(weights + kLanes * 4);
+#pragma GCC unroll 6
+    for (int m = 0; m < Tokens; ++m) {
+      const __m256i activations = broadcast_word(x + 4 * m);
+      Arithmetic::multiply_add(acc[m][0], first, activations);
+      Arithmetic::multiply_add(acc[m][1], second, activations);
+    }
+  }
+#pragma GCC unroll 6
+  for (int m = 0; m < Tokens; ++m) {
+    add_rows(sums + m * kRows, Arithmetic::rows(acc[m][0]));
+    add_rows(sums + m * kRows + kLanes, Arithmetic::rows(acc[m][1]));
+  }
+}
+
+// Calls gemm_groups<tokens>.
+template <class Arithmetic, int Tokens = kTokens>
+void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return gemm<Arithmetic, Tokens - 1>(panel, packed_tokens, tokens, k_count, sums);
+  }
+  constexpr std::int64_t kFoldGroups = Arithmetic::kFoldGroups;
+  const auto* weights = static_cast<const std::uint8_t*>(panel);
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  const std::int64_t groups = k_count / 4;
+  for (std::int64_t group = 0; group < groups; group += kFoldGroups) {
+    const std::int64_t count = groups - group < kFoldGroups ? groups - group : kFoldGroups;
+    gemm_groups<Arithmetic, Tokens>(weights + group * kRows * 4, x + group * Tokens * 4, count,
+                                    static_cast<std::int32_t*>(sums));
+  }
+}
+
+// ---- few tokens ----------------------------------------------------------------------------------------------------
+
+// acc += the codes of one group of k, times all tokens. With several registers of sums neighbouring groups use
+// different ones, which may hold codes worth more than their value.
+template <class Arithmetic, class Layout, int Group, int Tokens, int Sums>
+void multiply_group(__m256i (&acc)[Tokens][kHalves][Sums], const typename Layout::Words (&words)[kHalves],
+                    const std::uint8_t* x) {
+  __m256i codes[kHalves];
+#pragma GCC unroll 2
+  for (int half = 0; half < kHalves; ++half) {
+    if constexpr (Sums > 1) {
+      codes[half] = Layout::template scaled_codes<Group>(words[half]);
+    } else {
+      codes[half] = Layout::template codes<Group>(words[half]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int m = 0; m < Tokens; ++m) {
+    const __m256i activations = broadcast_word(x + 4 * (Group * Tokens + m));
+    Arithmetic::multiply_add(acc[m][0][Group % Sums], codes[0], activations);
+    Arithmetic::multiply_add(acc[m][1][Group % Sums], codes[1], activations);
+  }
+}
+
+template <class Arithmetic, class Layout, int Tokens, int Sums, int... Group>
+void multiply_groups(__m256i (&acc)[Tokens][kHalves][Sums], const typename Layout::Words (&words)[kHalves],
+                     const std::uint8_t* x, std::integer_sequence<int, Group...>) {
+  (multiply_group<Arithmetic, Layout, Group>(acc, words, x), ...);
+}
+
+// The sum over all registers of sums, each divided by what its codes are worth.
+template <class Arithmetic, class Layout, int Sums>
+__m256i total_rows(const __m256i (&acc)[Sums]) {
+  __m256i total = Arithmetic::rows(acc[0]);
+#pragma GCC unroll 2
+  for (int s = 1; s < Sums; ++s) {
+    total = _mm256_add_epi32(total, _mm256_srai_epi32(Arithmetic::rows(acc[s]), Layout::scale_bits(s)));
+  }
+  return total;
+}
+
+// Steps after which sums are full: a register gets the codes of every Sums-th group.
+template <class Arithmetic, class Layout, int Sums>
+constexpr std::int64_t fold_steps() {
+  static_assert(Sums == 1 || Sums % 2 == 0, "codes of one register are worth the same");
+  const int scale = Sums > 1 ? 1 << Layout::scale_bits(1) : 1;
+  const int groups = (Layout::kGroups + Sums - 1) / Sums;
+  return Arithmetic::kFoldGroups / (groups * scale);
+}
+
+// One tile times all tokens.
+template <class Arithmetic, class Layout, int Tokens>
+std::uint32_t direct_tile(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
+                          std::int32_t* sums) {
+  constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
+  constexpr int kSums = Arithmetic::direct_sums(Tokens);
+  constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, Layout, kSums>();
+  __m256i invalid[kHalves] = {};
+  for (std::int64_t i = 0; i < Tokens * kRows; ++i) sums[i] = 0;
+  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+    const std::int64_t count = steps - begin < kFoldSteps ? steps - begin : kFoldSteps;
+    __m256i acc[Tokens][kHalves][kSums] = {};
+    for (std::int64_t step = 0; step < count; ++step, tile += rows * 4, x += 4 * Layout::kGroups * Tokens) {
+      // With one or two tokens memory is the limit and the hardware's prefetching suffices: more would be in its way.
+      if constexpr (Tokens > 2) prefetch(tile);
+      const typename Layout::Words words[kHalves] = {load_half<Layout>(tile, 0), load_half<Layout>(tile, 1)};
+      invalid[0] = Layout::collect(invalid[0], words[0]);
+      invalid[1] = Layout::collect(invalid[1], words[1]);
+      multiply_groups<Arithmetic, Layout>(acc, words, x, kEach);
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < Tokens; ++m) {
+      add_rows(sums + m * kRows, total_rows<Arithmetic, Layout>(acc[m][0]));
+      add_rows(sums + m * kRows + kLanes, total_rows<Arithmetic, Layout>(acc[m][1]));
+    }
+  }
+  return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
+}
+
+// Calls direct_tile<tokens>.
+template <class Arithmetic, class Layout, int Tokens = Arithmetic::kDirectTokens>
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
+                     const void* packed_tokens, std::int64_t tokens, void* sums) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) {
+      return direct<Arithmetic, Layout, Tokens - 1>(tile, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
+    }
+  }
+  return direct_tile<Arithmetic, Layout, Tokens>(tile, rows, steps, static_cast<const std::uint8_t*>(packed_tokens),
+                                                 static_cast<std::int32_t*>(sums));
+}
+
+template <class Arithmetic>
+constexpr TileFunctions avx2_tiles() {
+  return {
+      .activation_dtype = ActivationDtype::int8,
+      .panel_rows = kRows,
+      .token_tile = kTokens,
+      .k_block = kBlock,
+      .direct_tokens = Arithmetic::kDirectTokens,
+      .panel_element = 1,
+      .token_element = 1,
+      .offset_codes = true,
+      .absmax = absmax_bits,
+      .quantize = quantize_x_row,
+      .pack_tokens = pack_token_words,
+      .unpack_panel = unpack_panel<TwoBit>,
+      .gemm = gemm<Arithmetic>,
+      .direct = direct<Arithmetic, TwoBit>,
+      .store = store_sums<std::int32_t>,
+      .base3_unpack_panel = unpack_panel<Base3>,
+      .base3_direct = direct<Arithmetic, Base3>,
+  };
+}
+
+}  // namespace
+}  // namespace bitcore

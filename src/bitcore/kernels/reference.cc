@@ -1,0 +1,111 @@
+// The contract in plain loops: slow, obvious, and what every other kernel is tested against.
+#include <vector>
+
+#include "bitcore/base/checks.h"
+#include "bitcore/kernels/builtin.h"
+#include "bitcore/ops/base.h"
+#include "bitcore/packing/packing_internal.h"
+#include "bitcore/quantize/quantize-inl.h"
+
+namespace bitcore {
+namespace {
+
+class ReferenceKernel final : public BitKernelBase {
+ public:
+  std::string_view name() const override { return "ReferenceKernel"; }
+  bool is_compatible_with(const BitQuantConfig&) const override { return true; }
+
+  void operator()(const LinearArgs& args) const override {
+    if (args.x.rows == 0) return;
+    const std::int64_t tokens = args.x.rows;
+    const std::int64_t in_features = args.x.cols;
+    const std::int64_t out_features = args.y.cols;
+    const std::vector<std::int8_t> weights = unpack(args, out_features, in_features);
+    std::vector<float> bias(static_cast<std::size_t>(out_features));
+    if (args.bias) widen(args.bias.data, args.bias.dtype, out_features, bias.data());
+
+    std::vector<float> y(static_cast<std::size_t>(tokens * out_features));
+    if (args.config.activation_dtype == ActivationDtype::int8) {
+      int8_rows(args, weights, y);
+    } else {
+      float32_rows(args, weights, y);
+    }
+    for (std::int64_t m = 0; m < tokens; ++m) {
+      float* row = &y[static_cast<std::size_t>(m * out_features)];
+      for (std::int64_t n = 0; args.bias && n < out_features; ++n) row[n] = row[n] + bias[static_cast<std::size_t>(n)];
+      narrow(row, out_features, args.y.dtype, args.y.row(m));
+    }
+    count_tiles(static_cast<std::uint64_t>(tokens));
+  }
+
+ private:
+  static std::vector<std::int8_t> unpack(const LinearArgs& args, std::int64_t out_features, std::int64_t in_features) {
+    const PackedShape shape = check_trailer(args.qweight, in_features);
+    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
+    std::vector<std::int8_t> weights(static_cast<std::size_t>(out_features * in_features));
+    for (std::int64_t n = 0; n < out_features; ++n) {
+      const auto* payload = static_cast<const std::uint8_t*>(args.qweight.data);
+      if (unpack_code_row(payload, shape, n, codes.data()) != 0) {
+        fail_invalid_code();
+      }
+      for (std::int64_t k = 0; k < in_features; ++k) {
+        weights[static_cast<std::size_t>(n * in_features + k)] =
+            static_cast<std::int8_t>(codes[static_cast<std::size_t>(k)] - 1);
+      }
+    }
+    return weights;
+  }
+
+  static float at(std::span<const float> scale, std::int64_t index) {
+    return scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(index)];
+  }
+
+  static void int8_rows(const LinearArgs& args, const std::vector<std::int8_t>& weights, std::vector<float>& y) {
+    const std::int64_t in_features = args.x.cols;
+    std::vector<std::int8_t> qx(static_cast<std::size_t>(args.x.rows * in_features));
+    std::vector<float> scale(args.x_scale.begin(), args.x_scale.end());
+    ConstMatrixView codes = args.x;
+    if (args.x_scale.empty()) {
+      scale = compute_x_scale(args.x, args.config);
+      const MatrixView out(qx.data(), args.x.rows, in_features);
+      quantize_x(args.x, scale, args.config, out);
+      codes = out;
+    }
+    for (std::int64_t m = 0; m < args.x.rows; ++m) {
+      const auto* row = reinterpret_cast<const std::int8_t*>(codes.row(m));
+      for (std::int64_t n = 0; n < args.y.cols; ++n) {
+        std::int32_t sum = 0;
+        for (std::int64_t k = 0; k < in_features; ++k) {
+          sum += row[k] * weights[static_cast<std::size_t>(n * in_features + k)];
+        }
+        y[static_cast<std::size_t>(m * args.y.cols + n)] =
+            static_cast<float>(sum) * (at(scale, m) * at(args.qweight_scale, n));
+      }
+    }
+  }
+
+  // Sums in float64: the value that the float32 kernels approach.
+  static void float32_rows(const LinearArgs& args, const std::vector<std::int8_t>& weights, std::vector<float>& y) {
+    const std::int64_t in_features = args.x.cols;
+    std::vector<float> row(static_cast<std::size_t>(in_features));
+    for (std::int64_t m = 0; m < args.x.rows; ++m) {
+      widen(args.x.row(m), args.x.dtype, in_features, row.data());
+      const float x_scale = absmax_bits(row.data(), in_features) < kInfinityBits ? 1.0f : quiet_nan();
+      for (std::int64_t n = 0; n < args.y.cols; ++n) {
+        double sum = 0.0;
+        for (std::int64_t k = 0; k < in_features; ++k) {
+          sum += static_cast<double>(row[static_cast<std::size_t>(k)]) *
+                 weights[static_cast<std::size_t>(n * in_features + k)];
+        }
+        y[static_cast<std::size_t>(m * args.y.cols + n)] =
+            static_cast<float>(sum) * (x_scale * at(args.qweight_scale, n));
+      }
+    }
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<const BitKernelBase> make_reference_kernel() { return std::make_shared<ReferenceKernel>(); }
+
+}  // namespace bitcore

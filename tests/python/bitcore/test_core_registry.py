@@ -1,0 +1,559 @@
+"""Kernels: built-in ones against the contract, user kernels, naming them, compiled code that follows the registry."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from bitcore.config import BitQuantConfig
+from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
+from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
+from bitcore.kernels.builtin import BUILTIN_KERNELS, CPU_FEATURES, FAMILY_NAMES, tile_calls
+from bitcore.kernels.registry import STATE
+from bitcore.ops import _ops, base, bitlinear
+from bitcore.testing import assert_same_bits, check_kernel
+from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
+
+all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
+NATIVE = [kernel.name for kernel in BUILTIN_KERNELS if kernel.name != "TorchKernel"]
+
+
+class CustomKernel(BitKernelBase):
+    """Standard form, gradients unknown to it: torch operations under no_grad."""
+
+    calls = 0
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        assert quant_config is not None
+        type(self).calls += 1
+        return _ops.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.flags)
+
+    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
+        return quant_config.activation_dtype == "int8"
+
+
+class Doubled(CustomKernel):
+    """Its results tell that it ran."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        return 2 * super().__call__(x, qweight_scale, qweight, bias, quant_config)
+
+
+class OwnForm(BitKernelBase):
+    """float codes as its qweight."""
+
+    def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+        return torch.ones(()), base.fake_quantize_weight(weight, quant_config)
+
+    def accepts(self, qweight: Tensor) -> bool:
+        return qweight.dtype == torch.float32
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        assert quant_config is not None
+        y = base.fake_quantize_x(x, quant_config) @ qweight.t()
+        return y if bias is None else y + bias
+
+    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
+        return True
+
+
+class Detached(OwnForm):
+    """Loses the graph."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        qweight_scale: Tensor,
+        qweight: Tensor,
+        bias: Tensor | None = None,
+        quant_config: BitQuantConfig | None = None,
+    ) -> Tensor:
+        return super().__call__(x.detach(), qweight_scale, qweight.detach(), None, quant_config)
+
+
+@pytest.fixture(autouse=True)
+def _clean_registry() -> Iterator[None]:
+    before = KernelRegistry.list_available_kernels()
+    yield
+    for name in KernelRegistry.list_available_kernels():
+        if name not in before:
+            KernelRegistry.unregister(name)
+
+
+def _infer(config: BitQuantConfig = PER_TOKEN) -> Tensor:
+    layer = make_layer(5)
+    return bitlinear.forward(layer.x, None, *bitlinear.prepare_weights(layer.weight, config), layer.bias, config)
+
+
+# ---- built-in kernels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [*BUILTIN_KERNELS], ids=lambda kernel: kernel.name)
+def test_every_built_in_kernel_keeps_the_contract(kernel: BitKernelBase) -> None:
+    if not kernel.is_supported():
+        pytest.skip(f"this CPU lacks {kernel.requirement}")
+    check_kernel(kernel)
+
+
+def test_list_of_kernels() -> None:
+    names = KernelRegistry.list_available_kernels()
+    assert {"Int8Kernel", "Float32Kernel", "ReferenceKernel", "TorchKernel"} <= set(names)
+    assert names[-1] == "TorchKernel"
+    assert all(FAMILY_NAMES[family] in names for family in ("Int8Kernel", "Float32Kernel"))
+    assert isinstance(CPU_FEATURES, list)
+
+
+@all_configs
+def test_every_config_has_a_bound_kernel(config: BitQuantConfig) -> None:
+    best = KernelRegistry.get_kernel_for_config(config)
+    family = "Int8Kernel" if config.activation_dtype == "int8" else "Float32Kernel"
+    assert best.name == KernelRegistry.get_kernel_by_name(family, config).name == FAMILY_NAMES[family]
+    assert best.quant_config == config
+    assert KernelRegistry.get_kernel_for_config(config, "cuda:1").name == "TorchKernel"
+    layer = make_layer(5)
+    scale, qweight = best.prepare_weights(layer.weight, config)
+    assert_same_bits(best(layer.x, scale, qweight, layer.bias), _infer(config))
+    with pytest.raises(QuantizationError, match="quant_config"):
+        TorchKernel()(layer.x, scale, qweight)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_a_forced_kernel_runs(name: str) -> None:
+    kernel = next(kernel for kernel in BUILTIN_KERNELS if kernel.name == name)
+    if not kernel.is_supported():
+        pytest.skip(f"this CPU lacks {kernel.requirement}")
+    for config in CONFIGS:
+        if kernel.is_compatible_with(config):
+            with KernelRegistry.forced(name):
+                before = tile_calls(name)
+                assert KernelRegistry.get_kernel_for_config(config).name == name
+                _infer(config)
+                assert tile_calls(name) > before
+
+
+def test_kernels_that_cannot_be_had() -> None:
+    for name, words in (("Int9Kernel", "known"), ("Float32Kernel", "does not cover")):
+        with pytest.raises(KernelNotFoundError, match=words):
+            KernelRegistry.get_kernel_by_name(name, PER_TOKEN)
+    with pytest.raises(KernelNotFoundError, match="'foo'"):
+        KernelRegistry.get_kernel_for_config(PER_TOKEN, "foo")
+    with pytest.raises(KernelNotFoundError, match="Int9Kernel"), KernelRegistry.forced("Int9Kernel"):
+        pass
+    with KernelRegistry.forced("Float32PortableKernel"), pytest.raises(KernelNotFoundError, match="BitQuantConfig"):
+        _infer()
+    with KernelRegistry.forced("TorchKernel", "ReferenceKernel"), pytest.raises(KernelNotFoundError, match="more than"):
+        _infer()
+    _infer()
+
+
+def _kernel_name() -> str:
+    return KernelRegistry.get_kernel_for_config(PER_TOKEN).name
+
+
+def test_forced_blocks_may_end_in_any_order() -> None:
+    automatic = _kernel_name()
+    first, second, third = (KernelRegistry.forced(name) for name in ("TorchKernel", "ReferenceKernel", "TorchKernel"))
+    for block in (first, second, third):
+        block.__enter__()
+    third.__exit__(None, None, None)
+    assert _kernel_name() == "ReferenceKernel"
+    first.__exit__(None, None, None)
+    assert _kernel_name() == "ReferenceKernel"
+    second.__exit__(None, None, None)
+    assert _kernel_name() == automatic
+    assert STATE.token == ""
+
+
+def test_a_call_sees_one_state_of_the_registry() -> None:
+    stop = threading.Event()
+
+    def force() -> None:
+        while not stop.is_set():
+            with KernelRegistry.forced("ReferenceKernel"):
+                pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            forcing = pool.submit(force)
+            try:
+                names = {_kernel_name() for _ in range(20_000)}
+            finally:
+                stop.set()
+            forcing.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert names <= {"ReferenceKernel", FAMILY_NAMES["Int8Kernel"]}
+
+
+# ---- user kernels ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [CustomKernel, CustomKernel()], ids=["class", "instance"])
+def test_a_registered_kernel_is_found_listed_and_used(kernel: BitKernelBase | type[BitKernelBase]) -> None:
+    plain, generation = _infer(), KernelRegistry.generation
+    KernelRegistry.register(kernel)
+    assert KernelRegistry.generation > generation
+    assert KernelRegistry.list_available_kernels()[0] == "CustomKernel"
+    found = KernelRegistry.get_kernel_by_name("CustomKernel", PER_TOKEN)
+    assert isinstance(found, CustomKernel)
+    assert found.quant_config == PER_TOKEN
+    assert isinstance(KernelRegistry.get_kernel_for_config(PER_TOKEN), CustomKernel)
+    before = CustomKernel.calls
+    assert_same_bits(_infer(), plain)
+    assert CustomKernel.calls == before + 1
+    _infer(BitQuantConfig(activation_dtype="float32"))
+    assert CustomKernel.calls == before + 1
+    with pytest.raises(BitLabError, match="'CustomKernel' is already registered"):
+        KernelRegistry.register(CustomKernel)
+    KernelRegistry.unregister("CustomKernel")
+    with pytest.raises(KernelNotFoundError, match="CustomKernel"):
+        KernelRegistry.get_kernel_by_name("CustomKernel", PER_TOKEN)
+    check_kernel(kernel)
+
+
+def test_subclassing_registers_nothing() -> None:
+    class Unregistered(CustomKernel):
+        pass
+
+    assert "Unregistered" not in KernelRegistry.list_available_kernels()
+    assert Unregistered.name == "Unregistered"
+
+
+def test_the_documented_custom_kernel_is_compatible_with_nothing() -> None:
+    class Documented(BitKernelBase):
+        def prepare_weights(self, weight, quant_config):  # type: ignore[no-untyped-def]
+            pass
+
+        def __call__(self, x, qweight_scale, qweight, bias=None, quant_config=None):  # type: ignore[no-untyped-def]
+            pass
+
+        def is_compatible_with(self, quant_config):  # type: ignore[no-untyped-def]
+            pass
+
+    plain = _infer()
+    KernelRegistry.register(Documented)
+    assert_same_bits(_infer(), plain)
+    with pytest.raises(KernelNotFoundError, match="Documented"):
+        KernelRegistry.get_kernel_by_name("Documented", PER_TOKEN)
+
+
+def test_the_latest_kernel_comes_first_unless_one_is_named() -> None:
+    plain = _infer()
+    KernelRegistry.register(CustomKernel)
+    KernelRegistry.register(Doubled)
+    assert_same_bits(_infer(), 2 * plain)
+    with KernelRegistry.forced("CustomKernel"):
+        assert_same_bits(_infer(), plain)
+        with KernelRegistry.forced("Doubled"):
+            assert_same_bits(_infer(), 2 * plain)
+    with KernelRegistry.forced("Int8Kernel"):
+        assert_same_bits(_infer(), plain)
+    with pytest.raises(QuantizationError, match="expected a BitKernelBase"):
+        KernelRegistry.register(print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("config", INT8_CONFIGS, ids=id_of)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_kernel_of_the_standard_form_gets_the_gradients(config: BitQuantConfig, training: bool) -> None:
+    results = []
+    for kernel in (None, CustomKernel):
+        if kernel is not None:
+            KernelRegistry.register(kernel)
+        x, weight, bias = (tensor.clone().requires_grad_() for tensor in make_layer(2, 3))
+        scale, qweight = bitlinear.prepare_weights(weight, config)
+        y = bitlinear.forward(x, weight, scale, qweight, bias, config, training)
+        y.sum().backward()
+        results.append((y.detach(), x.grad, bias.grad, weight.grad))
+    for plain, custom in zip(*results, strict=True):
+        if plain is None:
+            assert custom is None
+            continue
+        assert custom is not None
+        assert_same_bits(custom, plain)
+
+
+def test_int8_codes_are_packed_for_a_kernel_of_the_standard_form() -> None:
+    layer, plain = make_layer(5), _infer()
+    KernelRegistry.register(CustomKernel)
+    scale = base.compute_weight_scale(layer.weight, PER_TOKEN)
+    codes = base.quantize_weight(layer.weight, scale, PER_TOKEN)
+    assert_same_bits(bitlinear.forward(layer.x, None, scale, codes, layer.bias, PER_TOKEN), plain)
+
+
+def test_a_kernel_with_a_form_of_its_own() -> None:
+    layer, plain = make_layer(5), _infer()
+    standard = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    KernelRegistry.register(OwnForm)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert qweight.dtype == torch.float32
+    torch.testing.assert_close(bitlinear.forward(layer.x, None, scale, qweight, layer.bias, PER_TOKEN), plain)
+    assert_same_bits(bitlinear.forward(layer.x, None, *standard, layer.bias, PER_TOKEN), plain)
+    x, weight, bias = (tensor.clone().requires_grad_() for tensor in layer)
+    bitlinear.forward(x, weight, bias=bias, quant_config=PER_TOKEN, training=True).sum().backward()
+    assert all(leaf.grad is not None for leaf in (x, weight, bias))
+    KernelRegistry.unregister("OwnForm")
+    with pytest.raises(QuantizationError, match="float32"):
+        bitlinear.forward(layer.x, None, scale, qweight, None, PER_TOKEN)
+    with KernelRegistry.forced("TorchKernel"), pytest.raises(QuantizationError, match="accepts"):
+        bitlinear.forward(layer.x, None, scale, qweight, None, PER_TOKEN)
+
+
+def test_a_form_of_its_own_may_be_built_on_the_standard_one() -> None:
+    class Unpacked(CustomKernel):
+        """Keeps int8 codes, which it gets from the public functions."""
+
+        def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+            scale, packed = bitlinear.prepare_weights(weight, quant_config)
+            return scale, bitlinear.unpack_weights(packed, weight.shape[-1])
+
+        def accepts(self, qweight: Tensor) -> bool:
+            return qweight.dtype == torch.int8
+
+    layer = make_layer(5)
+    standard_scale, standard = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    KernelRegistry.register(Unpacked)
+    scale, codes = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert torch.equal(scale, standard_scale)
+    assert torch.equal(codes, bitlinear.unpack_weights(standard, layer.weight.shape[-1]))
+
+
+def test_a_form_of_its_own_without_accepts() -> None:
+    class Floats(OwnForm):
+        accepts = BitKernelBase.accepts
+
+    class Codes(Floats):
+        """Its codes are also a public form."""
+
+        def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+            scale = base.compute_weight_scale(weight, quant_config)
+            return scale, base.quantize_weight(weight, scale, quant_config)
+
+    layer, plain = make_layer(5), _infer()
+    scale = base.compute_weight_scale(layer.weight, PER_TOKEN)
+    codes = base.quantize_weight(layer.weight, scale, PER_TOKEN)
+    KernelRegistry.register(Floats)
+    own = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert own[1].dtype == torch.float32
+    torch.testing.assert_close(bitlinear.forward(layer.x, None, *own, layer.bias, PER_TOKEN), plain)
+    assert_same_bits(bitlinear.forward(layer.x, None, scale, codes, layer.bias, PER_TOKEN), plain)
+    KernelRegistry.register(Codes)
+    with pytest.raises(QuantizationError, match=r"Codes prepared a qweight of dtype torch.int8.*override accepts"):
+        bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+
+
+def _damaged(qweight: Tensor) -> Tensor:
+    damaged = qweight.clone().flatten()
+    damaged[19 * 12] ^= 1  # The first byte of the trailer: in_features 37 gives 12 bytes of payload a row.
+    return damaged.view_as(qweight)
+
+
+def test_a_kernel_of_the_standard_form_gets_a_checked_qweight() -> None:
+    KernelRegistry.register(CustomKernel)
+    layer, other = make_layer(5), make_layer(5, in_features=38)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    for x, wrong_scale, wrong_qweight, words in (
+        (other.x, scale, qweight, "packed for 37 in_features, not 38"),
+        (layer.x, scale, _damaged(qweight), "no trailer"),
+        (layer.x, 0 * scale, qweight, "finite and positive"),
+        (layer.x, torch.nan * scale, qweight, "finite and positive"),
+    ):
+        calls = CustomKernel.calls
+        with pytest.raises(QuantizationError, match=words):
+            bitlinear.forward(x, None, wrong_scale, wrong_qweight, layer.bias, PER_TOKEN)
+        assert CustomKernel.calls == calls
+
+
+def test_opcheck_of_the_checked_scale() -> None:
+    scale, qweight = bitlinear.prepare_weights(make_layer().weight, PER_TOKEN)
+    opcheck(_ops.checked_scale, (scale, qweight, 37))
+    assert _ops.checked_scale(scale.to("meta"), qweight.to("meta"), 37).shape == ()
+
+
+RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "None": (lambda y: None, "returned None, expected a tensor"),
+    "a tuple": (lambda y: (y,), "returned a tuple, expected a tensor"),
+    "shape": (lambda y: y[..., 1:], r"shape \(5, 18\), expected \(5, 19\)"),
+    "rank": (lambda y: y[None], r"shape \(1, 5, 19\), expected \(5, 19\)"),
+    "dtype": (lambda y: y.double(), "dtype torch.float64, expected torch.float32"),
+    "device": (lambda y: y.to("meta"), "device meta, expected cpu"),
+}
+
+
+@pytest.mark.parametrize("form", [CustomKernel, OwnForm], ids=["standard form", "own form"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", RESULTS)
+def test_what_a_kernel_returns_is_checked(name: str, training: bool, form: type[BitKernelBase]) -> None:
+    change, words = RESULTS[name]
+
+    class Wrong(form):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any) -> Any:
+            return change(super().__call__(*args))
+
+    KernelRegistry.register(Wrong)
+    layer = make_layer(5)
+    prepared = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with pytest.raises(QuantizationError, match=f"kernel Wrong returned .*{words}|kernel Wrong {words}"):
+        bitlinear.forward(layer.x, layer.weight, *prepared, layer.bias, PER_TOKEN, training)
+
+
+def test_an_own_form_without_a_bias_may_have_any_out_features() -> None:
+    KernelRegistry.register(OwnForm)
+    layer = make_layer(5)
+    prepared = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    assert bitlinear.forward(layer.x, None, *prepared, None, PER_TOKEN).shape == (5, 19)
+
+
+@pytest.mark.parametrize("prepared", [None, torch.ones(2), (torch.ones(()),), (torch.ones(()), 3)], ids=repr)
+def test_an_own_form_that_is_no_pair_of_tensors(prepared: Any) -> None:
+    class Wrong(OwnForm):
+        def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
+            return prepared
+
+    KernelRegistry.register(Wrong)
+    layer = make_layer(5)
+    with pytest.raises(QuantizationError, match=r"kernel Wrong: prepare_weights returned .*expected two tensors"):
+        bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with pytest.raises(QuantizationError, match="expected two tensors"):
+        bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
+
+
+def test_a_kernel_of_its_own_form_under_autocast() -> None:
+    KernelRegistry.register(OwnForm)
+    plain = _infer()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(_infer(), plain.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_kernel_never_detaches_silently(training: bool) -> None:
+    KernelRegistry.register(Detached)
+    layer = make_layer(5)
+    x = layer.x.clone().requires_grad_()
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+    with pytest.raises(QuantizationError, match="Detached"):
+        bitlinear.forward(x, layer.weight, scale, qweight, None, PER_TOKEN, training)
+    with torch.no_grad():
+        bitlinear.forward(x, layer.weight, scale, qweight, None, PER_TOKEN, training)
+
+
+def test_a_user_kernel_under_autocast() -> None:
+    plain = _infer()
+    KernelRegistry.register(CustomKernel)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same_bits(_infer(), plain.to(torch.bfloat16))
+
+
+def test_check_kernel_finds_a_wrong_kernel() -> None:
+    with pytest.raises(AssertionError, match="Doubled"):
+        check_kernel(Doubled)
+
+
+def test_compiled_code_follows_the_registry() -> None:
+    torch.compiler.reset()
+    layer = make_layer(5)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
+
+    def infer(x: Tensor) -> Tensor:
+        return bitlinear.forward(x, None, scale, qweight, layer.bias, PER_TOKEN)
+
+    compiled = torch.compile(infer, fullgraph=True)
+    plain = infer(layer.x)
+    assert_same_bits(compiled(layer.x), plain)
+    KernelRegistry.register(Doubled)
+    assert_same_bits(compiled(layer.x), 2 * plain)
+    with KernelRegistry.forced("Int8PortableKernel"):
+        before = tile_calls("Int8PortableKernel")
+        assert_same_bits(compiled(layer.x), plain)
+        assert tile_calls("Int8PortableKernel") > before
+    with KernelRegistry.forced("TorchKernel"):
+        assert_same_bits(compiled(layer.x), plain)
+    KernelRegistry.unregister("Doubled")
+    assert_same_bits(compiled(layer.x), plain)
+
+
+# ---- the environment variable ----------------------------------------------------------------------------------------
+
+_SCRIPT = """
+import json
+import torch
+from bitcore import BitQuantConfig, KernelNotFoundError, KernelRegistry
+from bitcore.ops import bitlinear
+
+def outcome(dtype, training):
+    config = BitQuantConfig("per_tensor", dtype, "per_channel")
+    try:
+        name = KernelRegistry.get_kernel_for_config(config).name
+        weight = torch.ones(3, 5)
+        scale, qweight = bitlinear.prepare_weights(weight, config)
+        bitlinear.forward(torch.ones(2, 5), weight, scale, qweight, None, config, training)
+    except KernelNotFoundError as error:
+        return str(error)
+    tiles = torch.ops.bitcore.kernel_tile_calls(name) if name != "TorchKernel" else -1
+    return [name, tiles]
+
+print(json.dumps([outcome(dtype, training) for dtype in ("int8", "float32") for training in (False, True)]))
+"""
+
+
+def _with_variable(value: str) -> list[Any]:
+    environment = {**os.environ, "BITLAB_KERNEL": value, "PYTHONPATH": str(Path(__file__).parents[3] / "python")}
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT], env=environment, capture_output=True, text=True, check=True, timeout=300
+    )
+    return list(json.loads(done.stdout))
+
+
+def test_the_variable_governs_inference_and_training() -> None:
+    results = _with_variable("ReferenceKernel")
+    assert all(isinstance(result, list) and result[0] == "ReferenceKernel" for result in results)
+    tiles = [result[1] for result in results]
+    assert tiles == sorted(set(tiles)), "a call ran on another kernel"
+    assert _with_variable("TorchKernel") == [["TorchKernel", -1]] * 4
+
+
+def test_the_variable_names_one_kernel_for_each_activation_dtype() -> None:
+    int8, _, float32, _ = _with_variable("Int8PortableKernel, Float32PortableKernel")
+    assert int8[0] == "Int8PortableKernel"
+    assert float32[0] == "Float32PortableKernel"
+
+
+def test_a_call_that_no_named_kernel_covers() -> None:
+    int8, _, float32, _ = _with_variable("Float32PortableKernel")
+    assert isinstance(int8, str)
+    assert "BITLAB_KERNEL" in int8
+    assert "activation_dtype='int8'" in int8
+    assert float32[0] == "Float32PortableKernel"
+    assert all("BITLAB_KERNEL" in str(result) for result in _with_variable("Int9Kernel"))
