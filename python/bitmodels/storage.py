@@ -1,6 +1,7 @@
 """Reading and writing the files of a saved model. No pickle: safetensors and JSON."""
 
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -15,7 +16,8 @@ MODEL_FILE = "model.safetensors"
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets `write` fill a file beside `path`, which then takes its place: a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random: threads share a process id, and so do processes of different containers on one file system.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # As any new file here; safetensors would make it private.

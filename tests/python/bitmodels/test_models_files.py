@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,13 @@ def test_missing_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         AutoBitModel.from_pretrained(tmp_path)
+
+
+def test_threads_that_save_to_one_directory_disturb_nobody(tmp_path: Path, x: Tensor) -> None:
+    model = make_model().deploy()
+    expected = model(x)
+    with ThreadPoolExecutor(4) as threads:
+        for saved in [threads.submit(model.save_pretrained, tmp_path) for _ in range(40)]:
+            saved.result()
+    assert same_bits(AutoBitModel.from_pretrained(tmp_path)(x), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
