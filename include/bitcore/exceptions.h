@@ -19,6 +19,18 @@ class QuantizationError : public BitLabError {
   using BitLabError::BitLabError;
 };
 
+/// A file that is damaged, foreign, or does not belong with the files beside it. The message begins with its path.
+class FileError : public QuantizationError {
+ public:
+  using QuantizationError::QuantizationError;
+};
+
+/// A call that the object's present state does not allow.
+class StateError : public BitLabError {
+ public:
+  using BitLabError::BitLabError;
+};
+
 /// No kernel of the asked name exists, runs on this CPU, or covers the config.
 class KernelNotFoundError : public BitLabError {
  public:

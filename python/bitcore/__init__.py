@@ -1,7 +1,7 @@
 """BitLab's core: ternary (1.58-bit) linear layers for training and inference."""
 
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
+from bitcore.exceptions import BitLabError, FileError, KernelNotFoundError, QuantizationError, StateError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
 from bitcore.ops import bitlinear
 from bitcore.ops import weight_gradient as weight_gradient  # registers its operator: exported models use it
@@ -25,9 +25,11 @@ __all__ = [
     "BitKernelBase",
     "BitLabError",
     "BitQuantConfig",
+    "FileError",
     "KernelNotFoundError",
     "KernelRegistry",
     "QuantizationError",
+    "StateError",
     "TorchKernel",
     "bitlinear",
     "check_qweight",

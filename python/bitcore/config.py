@@ -20,10 +20,10 @@ class BitQuantConfig:
     """The quantization schema of one linear layer. Weights are always ternary (-1, 0, +1). Immutable and hashable.
 
     Args:
-        weight_granularity: `"per_tensor"`: one scale for the whole weight; `"per_channel"`: one for each output row.
+        weight_granularity: `"per_tensor"`: one scale for the whole weight; `"per_channel"`: one per output row.
         activation_dtype: `"int8"`: activations are quantized to -128..127; `"float32"`: they are not quantized.
-        activation_granularity: `"per_tensor"`: one scale for all of x, which ties a row's result to the rest of its
-            batch; `"per_channel"`: one for each row of x (each token or sample), which does not.
+        activation_granularity: `"per_channel"`, the rule of BitNet b1.58: one scale per row of x (per token or sample);
+            `"per_tensor"`: one scale for all of x, which ties a row's result to the rest of its batch.
 
     Raises:
         QuantizationError: an argument has a value that does not exist.
@@ -32,7 +32,7 @@ class BitQuantConfig:
 
     weight_granularity: Granularity = "per_tensor"
     activation_dtype: ActivationDtype = "int8"
-    activation_granularity: Granularity = "per_tensor"
+    activation_granularity: Granularity = "per_channel"
 
     def __post_init__(self) -> None:
         for argument, choices in _CHOICES.items():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig, require_config
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, StateError
 from bitcore.kernels.registry import STATE, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
@@ -58,8 +58,8 @@ class BitLinear(nn.Linear):
       or changed (by an optimizer's step, too), and never saved. A change that autograd cannot see (in place through
       `weight.data` or a NumPy view, or by another process in shared memory) needs a `train()` to take effect.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
-      (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and cannot be trained any more;
-      x and bias still receive gradients.
+      (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and its weight is frozen: it
+      computes the same in training and in evaluation mode, and x and bias still receive gradients.
 
     The state that `load_state_dict()` is given decides: a deployed one makes the layer deployed, a trainable one
     makes it trainable again, with a new parameter that no optimizer knows yet. A tensor that does not fit or is
@@ -146,10 +146,10 @@ class BitLinear(nn.Linear):
         """Initializes weight and bias anew.
 
         Raises:
-            QuantizationError: the layer is deployed: its float weight is gone.
+            StateError: the layer is deployed: its float weight is gone.
         """
         if self.is_deployed:
-            raise QuantizationError("reset_parameters: the layer is deployed and has no float weight to initialize")
+            raise StateError("reset_parameters: the layer is deployed and has no float weight to initialize")
         super().reset_parameters()
         if self.init_method != "kaiming_uniform":
             with torch.no_grad():
@@ -173,7 +173,7 @@ class BitLinear(nn.Linear):
         parameters, buffers = self._parameters, self._buffers
         bias: Tensor | None = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (evaluates both)
         qweight_scale, qweight = buffers["qweight_scale"], buffers["qweight"]
-        if qweight_scale is not None and qweight is not None and not self.training:
+        if qweight_scale is not None and qweight is not None:
             return bitlinear.forward(input, None, qweight_scale, qweight, bias, config)
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         if self.training:
@@ -186,20 +186,23 @@ class BitLinear(nn.Linear):
     def deploy(self) -> Self:
         """Packs the weight for good: `weight` goes, `qweight` and `qweight_scale` come. Returns the layer.
 
+        Evaluation mode is set, as `bitlayers.deploy()` sets it for a model.
+
         Raises:
-            QuantizationError: the layer is deployed already; the weight is not finite or parametrized.
+            StateError: the layer is deployed already.
+            QuantizationError: the weight is not finite or parametrized.
         """
         self._become_deployed(*self.prepare_deployment())
-        return self
+        return self.eval()
 
     def prepare_deployment(self) -> tuple[Tensor, Tensor]:
         """What `deploy()` will store: qweight_scale and qweight. Changes nothing.
 
         Raises:
-            QuantizationError: as `deploy()`.
+            StateError, QuantizationError: as `deploy()`.
         """
         if self.is_deployed:
-            raise QuantizationError("deploy: the layer is deployed already")
+            raise StateError("deploy: the layer is deployed already")
         if self._weight_is_computed():
             raise QuantizationError(f"deploy: {_COMPUTED}")
         # Any kernel of the standard form: what is saved must not depend on the kernels that are registered here.
@@ -208,16 +211,7 @@ class BitLinear(nn.Linear):
             return kernel.prepare_weights(self.weight, self.quant_config)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode.
-
-        Inside another module it is called for one child after another: where a deployed layer raises, the module and
-        the children before it have changed mode already; `eval()` of the whole sets them right.
-
-        Raises:
-            QuantizationError: training of a deployed layer: its float weight is gone.
-        """
-        if mode and self.is_deployed:
-            raise QuantizationError("train: the layer is deployed and has no float weight to train")
+        """Sets training or evaluation mode. A deployed layer computes the same in both: its packed weight is frozen."""
         if mode:
             self._packed = None
         return super().train(mode)
@@ -226,10 +220,10 @@ class BitLinear(nn.Linear):
         """As every module; assignments to `weight` come through here, too.
 
         Raises:
-            QuantizationError: a weight for a deployed layer, which would never be used.
+            StateError: a weight for a deployed layer, which would never be used.
         """
         if name == "weight" and param is not None and self.is_deployed:
-            raise QuantizationError("weight: the layer is deployed; load_state_dict() of a weight makes it trainable")
+            raise StateError("weight: the layer is deployed; load_state_dict() of a weight makes it trainable")
         super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
@@ -265,7 +259,6 @@ class BitLinear(nn.Linear):
         self.register_parameter("weight", None)
         self.qweight_scale = qweight_scale
         self.qweight = qweight
-        super().train(False)
 
     def _become_trainable(self, weight: Tensor) -> None:
         self.qweight_scale = None

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import nn
 
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, StateError
 from bitlayers.bitlinear import BitLinear
 
 
@@ -93,12 +93,15 @@ def deploy(model: nn.Module) -> nn.Module:
         `model`.
 
     Raises:
-        QuantizationError: there is no layer left to deploy; a weight is not finite (its name is given).
+        StateError: every BitLinear is deployed already.
+        QuantizationError: there is no BitLinear; a weight is not finite (its name is given).
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
     remaining = {name: layer for name, layer in layers.items() if not layer.is_deployed}
+    if not layers:
+        raise QuantizationError("deploy: the model has no BitLinear")
     if not remaining:
-        raise QuantizationError("deploy: the model is deployed already" if layers else "deploy: no BitLinear to deploy")
+        raise StateError("deploy: the model is deployed already")
     prepared = []
     for name, layer in remaining.items():
         try:

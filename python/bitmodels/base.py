@@ -51,22 +51,11 @@ class BitModelBase(nn.Module):
         """Packs all ternary weights for good and sets evaluation mode. Returns the model.
 
         Raises:
-            QuantizationError: the model is deployed already; a weight is not finite (then nothing has changed).
+            StateError: the model is deployed already.
+            QuantizationError: a weight is not finite (then nothing has changed).
         """
         deploy(self)
         return self
-
-    def train(self, mode: bool = True) -> Self:
-        """Sets training or evaluation mode.
-
-        Raises:
-            QuantizationError: training of a model with a deployed layer (then nothing has changed).
-        """
-        if mode:
-            for name, module in self.named_modules():
-                if isinstance(module, BitLinear) and module.is_deployed:
-                    raise QuantizationError(f"train: {name} is deployed and has no float weight to train")
-        return super().train(mode)
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Writes `config.json` and `model.safetensors` into a directory, which is created where it is missing.

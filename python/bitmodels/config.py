@@ -13,20 +13,15 @@ CONFIG_FILE = "config.json"
 MODEL_TYPE = "model_type"
 
 
-def per_channel_activations() -> BitQuantConfig:
-    """The schema that models use unless told otherwise: a row's result does not depend on the rest of its batch."""
-    return BitQuantConfig(activation_granularity="per_channel")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BitModelConfig:
     """Base of every model's config. Subclasses are frozen dataclasses whose fields JSON can hold.
 
     Args:
-        quant_config: The quantization schema of every ternary layer; activations per channel by default.
+        quant_config: The quantization schema of every ternary layer.
     """
 
-    quant_config: BitQuantConfig = dataclasses.field(default_factory=per_channel_activations)
+    quant_config: BitQuantConfig = dataclasses.field(default_factory=BitQuantConfig)
 
     def __post_init__(self) -> None:
         if not isinstance(self.quant_config, BitQuantConfig):

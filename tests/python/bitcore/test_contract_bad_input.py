@@ -568,7 +568,7 @@ def test_kernel_names() -> None:
     config = BitQuantConfig()
     expect(KernelNotFoundError, ["Int9Kernel"], lambda: KernelRegistry.get_kernel_by_name("Int9Kernel", config))
     for name in FLOAT32_KERNELS:
-        if not covers(name, Schema()):
+        if not covers(name, Schema()) and name in KernelRegistry.list_available_kernels():
             expect(KernelNotFoundError, [name, "int8"], partial(KernelRegistry.get_kernel_by_name, name, config))
 
 

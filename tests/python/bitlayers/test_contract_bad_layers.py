@@ -12,7 +12,7 @@ from torch import nn
 
 import oracle
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, StateError
 from bitlayers.bitlinear import BitLinear
 from oracle import Schema
 from support import config_of, same_bits
@@ -39,20 +39,10 @@ def state_of(schema: Schema | None = None, *, deployed: bool = True) -> dict[str
 def test_deploy_twice() -> None:
     layer = layer_of(deployed=True)
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(QuantizationError, match="deploy"):
+    with pytest.raises(StateError, match="deploy"):
         layer.deploy()
     assert layer.is_deployed
     assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
-
-
-def test_train_after_deploy() -> None:
-    layer = layer_of(deployed=True)
-    with pytest.raises(QuantizationError, match="train"):
-        layer.train()
-    assert not layer.training
-    with pytest.raises(QuantizationError, match="train"):
-        nn.Sequential(nn.Linear(K, K), layer).train()
-    assert not layer.eval().training
 
 
 def test_deploy_of_weight_that_is_not_finite_changes_nothing() -> None:

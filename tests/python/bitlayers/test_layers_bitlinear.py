@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig, all_configs
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, StateError
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.base import compute_weight_scale, dequantize_weight, quantize_weight
@@ -355,21 +355,32 @@ def test_deploy_leaves_packed_weights_only(config: BitQuantConfig) -> None:
     assert torch.equal(qweight, expected[1])
 
 
-def test_deploy_twice_and_train_after_it() -> None:
+def test_deploy_twice() -> None:
     layer = make_layer().deploy()
-    with pytest.raises(QuantizationError, match="deployed already"):
+    with pytest.raises(StateError, match="deployed already"):
         layer.deploy()
-    with pytest.raises(QuantizationError, match="deployed"):
-        layer.train()
-    assert layer.train(False) is layer
-    assert not layer.training
-    model = nn.Sequential(layer, nn.ReLU())
-    with pytest.raises(QuantizationError):
-        model.train()
+
+
+def test_a_deployed_layer_computes_the_same_in_training_mode(x: Tensor) -> None:
+    layer = make_layer().deploy()
+    x = x.requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    gradients = x.grad, layer.bias.grad
+    x.grad = layer.bias.grad = None
+    model = nn.Sequential(layer).train()
+    assert layer.training
+    assert layer.is_deployed
+    y_in_training = model(x)
+    assert same_bits(y_in_training, y)
+    y_in_training.sum().backward()
+    assert same_bits(x.grad, gradients[0])
+    assert same_bits(layer.bias.grad, gradients[1])
+    assert not model.eval()[0].training
 
 
 def test_a_deployed_layer_cannot_be_initialized() -> None:
-    with pytest.raises(QuantizationError, match=r"reset_parameters.*deployed"):
+    with pytest.raises(StateError, match=r"reset_parameters.*deployed"):
         make_layer().deploy().reset_parameters()
 
 
@@ -438,7 +449,7 @@ def test_a_deployed_state_makes_a_layer_deployed(config: BitQuantConfig, assign:
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert layer.is_deployed
-    assert not layer.training
+    assert layer.training  # loading a state never changes the mode
     assert layer._parameters["weight"] is None
     assert same_bits(layer(x), source(x))
     layer.load_state_dict(source.state_dict(), assign=assign)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import QuantizationError, StateError
 from bitlayers import BitLinear, convert, deploy
 from support import same_bits
 
@@ -64,7 +64,7 @@ def test_deploy_of_a_model() -> None:
     model = convert(Block(), CONFIG)
     expected = model.eval()(x)
     assert same_bits(deploy(model)(x), expected)
-    with pytest.raises(QuantizationError, match="deployed already"):
+    with pytest.raises(StateError, match="deployed already"):
         deploy(model)
     with pytest.raises(QuantizationError, match="no BitLinear"):
         deploy(nn.ReLU())
