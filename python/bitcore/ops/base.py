@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitcore.config import BitQuantConfig, require_config
 from bitcore.ops import _checks, _ops
+from bitcore.ops._config_keyword import either_config_name
 from bitcore.ops.packing import check_qweight, pack_weights, repack, unpack_weights
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 
+@either_config_name
 def compute_weight_scale(weight: Tensor, config: BitQuantConfig) -> Tensor:
     """The absmean scale `max(mean(|weight|), 1e-5)`, summed in float64 in one fixed order. Carries no gradient.
 
@@ -44,6 +46,7 @@ def compute_weight_scale(weight: Tensor, config: BitQuantConfig) -> Tensor:
     return _ops.call(_ops.compute_weight_scale, _ops.detached("weight", weight), per_channel)
 
 
+@either_config_name
 def quantize_weight(weight: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor:
     """Ternary codes `clamp(round(weight / scale), -1, 1)`; 0 where the quotient is NaN. Carries no gradient.
 
@@ -63,6 +66,7 @@ def quantize_weight(weight: Tensor, scale: Tensor, quant_config: BitQuantConfig)
     return _ops.call(_ops.quantize_weight, weight, scale, per_channel)
 
 
+@either_config_name
 def dequantize_weight(qweight: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor:
     """`qweight * scale`. Carries no gradient.
 
@@ -82,6 +86,7 @@ def dequantize_weight(qweight: Tensor, scale: Tensor, quant_config: BitQuantConf
     return _ops.call(_ops.dequantize_weight, qweight, _ops.detached("scale", scale), per_channel)
 
 
+@either_config_name
 def compute_x_scale(x: Tensor, config: BitQuantConfig) -> Tensor:
     """The absmax scale of activations, `max(max(|x|), 1e-5) / 127`. Carries no gradient.
 
@@ -99,6 +104,7 @@ def compute_x_scale(x: Tensor, config: BitQuantConfig) -> Tensor:
     return _ops.call(_ops.compute_x_scale, _ops.detached("x", x), int8_activations, per_channel)
 
 
+@either_config_name
 def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor:
     """Activation codes `clamp(round(x / scale), -128, 127)`; 0 where the quotient is NaN. They carry no gradient.
 
@@ -121,6 +127,7 @@ def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor
     return _ops.call(_ops.quantize_x, x, scale, per_channel)
 
 
+@either_config_name
 def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor:
     """`qx * scale`. Carries no gradient.
 
@@ -143,6 +150,7 @@ def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Ten
     return _ops.call(_ops.dequantize_x, qx, scale, per_channel)
 
 
+@either_config_name
 def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
     """The weight that the layer multiplies by, `dequantize(quantize(weight))`, with the straight-through gradient.
 
@@ -163,6 +171,7 @@ def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
     return _ops.call(_ops.attach_gradient, dequantize_weight(codes, scale, config), weight)
 
 
+@either_config_name
 def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
     """The activations that the layer multiplies, `dequantize(quantize(x))`, with the straight-through gradient.
 

@@ -12,6 +12,7 @@ from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.operator_kernel import OperatorKernel
 from bitcore.kernels.registry import STATE, candidates, select
 from bitcore.ops import _checks, _ops
+from bitcore.ops._config_keyword import either_config_name
 from bitcore.ops.packing import check_qweight, pack_weights, repack, unpack_weights
 
 __all__ = ["check_qweight", "forward", "pack_weights", "prepare_weights", "repack", "unpack_weights"]
@@ -20,6 +21,7 @@ __all__ = ["check_qweight", "forward", "pack_weights", "prepare_weights", "repac
 _inside_own_form: ContextVar[bool] = ContextVar("inside_own_form", default=False)
 
 
+@either_config_name
 def prepare_weights(weight: Tensor, config: BitQuantConfig, layout: str = "auto") -> tuple[Tensor, Tensor]:
     """Quantizes and packs a weight for inference. Carries no gradient. On a GPU it synchronizes.
 

@@ -1,6 +1,7 @@
 """The operators: compiled against plain torch, opcheck, packing, autocast."""
 
 import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +259,22 @@ def test_an_operator_called_directly_raises_a_runtime_error_that_names_the_class
         torch.ops.bitcore.bitlinear_train(layer.x, layer.weight, None, *PER_TOKEN.flags, kernel_name="NoKernel")
     with pytest.raises(RuntimeError, match=r"^QuantizationError: scale is None"):
         torch.ops.bitcore.quantize_weight(layer.weight, None, False)
+
+
+@pytest.mark.parametrize("name", ["config", "quant_config"])
+def test_a_config_may_be_called_by_either_name(name: str) -> None:
+    config = BitQuantConfig(weight_granularity="per_channel")
+    weight, x = torch.randn(5, 7), torch.randn(3, 7)
+    keyword: Any = {name: config}
+    scale, x_scale = base.compute_weight_scale(weight, **keyword), base.compute_x_scale(x, **keyword)
+    assert torch.equal(scale, base.compute_weight_scale(weight, config))
+    codes, x_codes = base.quantize_weight(weight, scale, **keyword), base.quantize_x(x, x_scale, **keyword)
+    floats, x_floats = base.dequantize_weight(codes, scale, **keyword), base.dequantize_x(x_codes, x_scale, **keyword)
+    assert torch.equal(base.fake_quantize_weight(weight, **keyword), floats)
+    assert torch.equal(base.fake_quantize_x(x, **keyword), x_floats)
+    assert torch.equal(bitlinear.prepare_weights(weight, **keyword)[1], base.pack_weights(codes))
+    both: Any = {"config": config, "quant_config": config}
+    with pytest.raises(TypeError, match="both"):
+        base.compute_weight_scale(weight, **both)
+    with pytest.raises(TypeError, match="multiple values"):
+        base.compute_weight_scale(weight, config, **keyword)
