@@ -2,5 +2,6 @@
 
 from bitlayers.bitlinear import BitLinear
 from bitlayers.convert import convert, deploy
+from bitlayers.summary import LayerSummary, Summary, summary
 
-__all__ = ["BitLinear", "convert", "deploy"]
+__all__ = ["BitLinear", "LayerSummary", "Summary", "convert", "deploy", "summary"]

@@ -7,20 +7,23 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from bitcore._torch_private import is_tracing
 from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import QuantizationError, StateError
 from bitcore.kernels.registry import STATE, KernelRegistry
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
 from bitcore.ops.weight_gradient import attach_weight_gradient
-from bitlayers import optimizer_steps
-from bitlayers.init import InitMethod, find_init_method
+from bitlayers.fx import traced_call
+from bitlayers.init import InitMethod, Portable, find_init_method
+from bitlayers.past_forward import TernaryWeight, is_read_past_forward
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_COMPUTED = "weight is computed (parametrized, weight_norm, pruning); remove that first"
+MAX_IN_FEATURES = 2**24 - 1  # Every partial sum of int8 products stays below 2^31.
+_MAX_OUT_FEATURES = 2**31 - 1
 
-optimizer_steps.count_as_changes()
+_COMPUTED = "weight is computed (parametrized, weight_norm, pruning); remove that first"
 
 
 class _PackedCopy(NamedTuple):
@@ -29,21 +32,46 @@ class _PackedCopy(NamedTuple):
     weight: Tensor
     snapshot: Tensor  # Shares the weight's memory: while it lives, no other weight can have the same address.
     version: int
+    sample: Tensor | None  # A view of some of the weight's elements,
+    sampled: Tensor | None  # and what they were.
     config: BitQuantConfig
     kernels: str  # The registry's token: which kernels there were to choose from.
     qweight_scale: Tensor
     qweight: Tensor
 
+    @classmethod
+    def of(cls, weight: Tensor, config: BitQuantConfig) -> "_PackedCopy":
+        # The version first: should another thread change the weight meanwhile, the copy counts as outdated.
+        version, kernels, snapshot = weight._version, STATE.token, weight.detach()
+        sample = _sample(snapshot)
+        sampled = None if sample is None else sample.clone()
+        return cls(weight, snapshot, version, sample, sampled, config, kernels, *_prepare(weight, config))
+
     def is_of(self, weight: Tensor, config: BitQuantConfig) -> bool:
-        """Whether neither the weight, nor its values, place and type, nor the config or the kernels have changed."""
+        """Whether weight, config and kernels are what they were: values, place, form, type."""
         return (
             self.weight is weight
             and self.version == weight._version
             and self.snapshot.data_ptr() == weight.data_ptr()
             and self.snapshot.dtype == weight.dtype
+            and self.snapshot.stride() == weight.stride()
+            and self.snapshot.shape == weight.shape
             and (self.config is config or self.config == config)
             and self.kernels == STATE.token
+            and (self.sample is None or self.sampled is None or torch.equal(self.sample, self.sampled))
         )
+
+
+def _sample(weight: Tensor) -> Tensor | None:
+    """Up to 64 elements from all over the matrix, as a view; None where looking at them would synchronize a device.
+
+    Autograd's version counter misses what is written through `weight.data` and by fused optimizers, and what FSDP
+    gathers; whatever trains or averages a weight changes practically all of its elements.
+    """
+    if not weight.is_cpu or type(weight) is not Tensor:
+        return None
+    rows, columns = (max(1, -(-size // 8)) for size in weight.shape)
+    return weight[rows // 2 :: rows, columns // 2 :: columns]
 
 
 class BitLinear(nn.Linear):
@@ -54,9 +82,10 @@ class BitLinear(nn.Linear):
     - *Trainable*: it holds the float parameter `weight`. In training mode every forward quantizes weight and
       activations and gives gradients by the straight-through estimator. In evaluation mode it computes from a packed
       copy of the weight, with the same bits (int8 activations) and the same gradients. The copy is made at the first
-      evaluation, dropped by `train()` and `load_state_dict()`, remade when the weight or `quant_config` was replaced
-      or changed (by an optimizer's step, too), and never saved. A change that autograd cannot see (in place through
-      `weight.data` or a NumPy view, or by another process in shared memory) needs a `train()` to take effect.
+      evaluation, dropped by `train()`, `load_state_dict()` and a gradient of the weight, remade when the weight or
+      `quant_config` was replaced or changed, and never saved. A change of a few elements that autograd cannot see (in
+      place through `weight.data` or a NumPy view, or by another process in shared memory), and any such change on
+      another device than the CPU, needs a `train()` to take effect.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
       (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and its weight is frozen: it
       computes the same in training and in evaluation mode, and x and bias still receive gradients.
@@ -94,7 +123,8 @@ class BitLinear(nn.Linear):
         quant_config: May be replaced; once deployed `weight_granularity` has to stay.
 
     Raises:
-        QuantizationError: a size that is no integer or below 1, an unknown `init_method`, no BitQuantConfig.
+        QuantizationError: a size that is no integer, below 1 or too large (in_features: above 2^24 - 1), a dtype (or a
+            default dtype) that is none of the three, an unknown `init_method`, no BitQuantConfig.
     """
 
     qweight: Tensor | None
@@ -111,10 +141,15 @@ class BitLinear(nn.Linear):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _require_sizes(in_features, out_features)
+        _require_size("in_features", in_features, MAX_IN_FEATURES)
+        _require_size("out_features", out_features, _MAX_OUT_FEATURES)
+        _require_flag("bias", bias)
+        _require_dtype(dtype)
+        find_init_method(init_method)
+        config = require_config(BitQuantConfig() if quant_config is None else quant_config)
         self.init_method = init_method  # nn.Linear's constructor calls reset_parameters().
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.quant_config = require_config(BitQuantConfig() if quant_config is None else quant_config)
+        super().__init__(int(in_features), int(out_features), bool(bias), device=device, dtype=dtype)
+        self.quant_config = config
         self.register_buffer("qweight", None)
         self.register_buffer("qweight_scale", None)
         self._packed: _PackedCopy | None = None
@@ -168,6 +203,9 @@ class BitLinear(nn.Linear):
             QuantizationError: input does not fit; a weight to be packed is not finite; packed weights are damaged.
             KernelNotFoundError: no kernel covers the config.
         """
+        given: Any = input
+        if not isinstance(given, Tensor) and isinstance(given, torch.fx.Proxy):
+            return traced_call(self, given)
         config = self.quant_config
         # What nn.Module's own look-up finds last it finds here at once; a computed one is an attribute of the class.
         parameters, buffers = self._parameters, self._buffers
@@ -176,11 +214,12 @@ class BitLinear(nn.Linear):
         if qweight_scale is not None and qweight is not None:
             return bitlinear.forward(input, None, qweight_scale, qweight, bias, config)
         weight: Any = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
-        if self.training:
+        if self.training or is_tracing():  # The same bits, and the one of the two that a trace can hold.
             return bitlinear.forward(input, weight, bias=bias, quant_config=config, training=True)
         y = bitlinear.forward(input, None, *self._packed_weights(weight), bias, config)
         if torch.is_grad_enabled() and weight.requires_grad:
-            return attach_weight_gradient(y, input, weight, config)
+            # A weight that gets a gradient is about to change, by an optimizer that may not count as a change.
+            return attach_weight_gradient(y, input, weight, config, self._drop_packed_copy)
         return y
 
     def deploy(self) -> Self:
@@ -216,6 +255,12 @@ class BitLinear(nn.Linear):
             self._packed = None
         return super().train(mode)
 
+    def __getattr__(self, name: str) -> Any:
+        """As every module, but modules of torch that would compute with the float weight do not get it."""
+        if name == "weight" and not torch.compiler.is_compiling() and is_read_past_forward():
+            return TernaryWeight()
+        return super().__getattr__(name)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As every module; assignments to `weight` come through here, too.
 
@@ -241,15 +286,11 @@ class BitLinear(nn.Linear):
             return _prepare(weight, self.quant_config)
         packed = self._packed
         if packed is None or not packed.is_of(weight, self.quant_config):
-            packed = self._pack(weight)
+            self._packed = packed = _PackedCopy.of(weight, self.quant_config)
         return packed.qweight_scale, packed.qweight
 
-    def _pack(self, weight: Tensor) -> _PackedCopy:
-        # The version first: should another thread change the weight meanwhile, the copy counts as outdated.
-        version, config, kernels = weight._version, self.quant_config, STATE.token
-        packed = _PackedCopy(weight, weight.detach(), version, config, kernels, *_prepare(weight, config))
-        self._packed = packed
-        return packed
+    def _drop_packed_copy(self) -> None:
+        self._packed = None
 
     def _weight_is_computed(self) -> bool:
         return "weight" not in self._parameters
@@ -288,6 +329,7 @@ class BitLinear(nn.Linear):
             _check_values(prefix + "bias", bias)
             _check_shape(prefix + "bias", bias, (self.out_features,))
         found = {name: state_dict.get(prefix + name) for name in ("weight", "qweight", "qweight_scale")}
+        _check_one_device({prefix + name: state_dict.get(prefix + name) for name in (*found, "bias")})
         if found["qweight"] is not None or found["qweight_scale"] is not None:
             self._expect_deployed_state(prefix, found)
         elif found["weight"] is not None:
@@ -337,9 +379,25 @@ class BitLinear(nn.Linear):
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise QuantizationError(f"{name} holds a scale that is not finite and positive")
 
+    def __prepare_scriptable__(self) -> None:
+        """What `torch.jit.script` asks first.
+
+        Raises:
+            NotImplementedError
+        """
+        raise NotImplementedError(
+            "BitLinear cannot be compiled by torch.jit.script: use torch.jit.trace, torch.compile or torch.export"
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         """What copy and pickle take: everything but the packed copy."""
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "init_method": Portable(self.init_method)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        init_method = state["init_method"]
+        if isinstance(init_method, Portable):
+            state = {**state, "init_method": init_method.method}
+        super().__setstate__(state)
 
 
 def _prepare(weight: Tensor, config: BitQuantConfig) -> tuple[Tensor, Tensor]:
@@ -359,10 +417,24 @@ def _require_plain(linear: nn.Linear) -> None:
         _check_dtype(name, parameter)
 
 
-def _require_sizes(in_features: object, out_features: object) -> None:
-    for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if not isinstance(size, Integral) or int(size) < 1:
-            raise QuantizationError(f"{name} is {size!r}, expected an integer of at least 1")
+def _require_size(name: str, size: object, most: int) -> None:
+    if isinstance(size, bool) or not isinstance(size, Integral) or not 1 <= int(size) <= most:
+        raise QuantizationError(f"{name} is {size!r}, expected an integer from 1 to {most}")
+
+
+def _require_flag(name: str, value: object) -> None:
+    if not isinstance(value, Integral) or int(value) not in (0, 1):  # bool is an Integral.
+        raise QuantizationError(f"{name} is {value!r}, expected True or False")
+
+
+def _require_dtype(dtype: object) -> None:
+    allowed = ", ".join(map(str, _DTYPES))
+    if dtype is None and torch.get_default_dtype() not in _DTYPES:
+        raise QuantizationError(
+            f"torch's default dtype is {torch.get_default_dtype()}, expected one of {allowed}: give the layer a dtype"
+        )
+    if dtype is not None and dtype not in _DTYPES:
+        raise QuantizationError(f"dtype is {dtype}, expected one of {allowed}")
 
 
 def _check_dtype(name: str, tensor: Tensor) -> None:
@@ -379,6 +451,13 @@ def _check_values(name: str, tensor: Tensor) -> None:
 def _check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != expected:
         raise QuantizationError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def _check_one_device(tensors: dict[str, Tensor | None]) -> None:
+    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise QuantizationError(f"state_dict has {where}, expected one device")
 
 
 def _scale_shape(out_features: int, config: BitQuantConfig) -> tuple[int, ...]:

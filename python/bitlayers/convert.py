@@ -1,6 +1,8 @@
 """Whole models: from `nn.Linear` to `BitLinear`, and from float weights to packed ones."""
 
-from collections.abc import Collection, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from torch import nn
@@ -9,40 +11,60 @@ from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError, StateError
 from bitlayers.bitlinear import BitLinear
 
+_LOG = logging.getLogger("bitlayers")
 
-def convert(model: nn.Module, quant_config: BitQuantConfig | None = None, skip: Collection[str] = ()) -> nn.Module:
-    """Replaces every `nn.Linear` in a model by a `BitLinear` with the same parameters, in place.
+FilterFn = Callable[[nn.Linear, str], bool]
 
-    Parameters are shared, not copied, so that an optimizer keeps working. Subclasses of `nn.Linear` stay as they are;
-    `nn.MultiheadAttention` has nothing else, and so stays float. `nn.TransformerEncoderLayer` and
-    `nn.TransformerEncoder` lose torch's fast path of evaluation, which reads the float weights past their layers.
+
+def convert(
+    model: nn.Module,
+    quant_config: BitQuantConfig | None = None,
+    skip: Collection[str] | None = None,
+    *,
+    filter_fn: FilterFn | None = None,
+) -> nn.Module:
+    """Replaces the `nn.Linear`s of a model by `BitLinear`s with the same parameters, in place.
+
+    Parameters are shared, not copied, so that an optimizer keeps working. Embeddings stay as they are, and so do
+    subclasses of `nn.Linear` (`nn.MultiheadAttention` has nothing else, and stays float) and, unless `skip` is given,
+    the output head of a language model: `lm_head`, what `model.get_output_embeddings()` returns, and layers that share
+    their weight with an `nn.Embedding`.
+
+    What was converted and what was left alone, and why, is logged by the logger "bitlayers" (level INFO);
+    `summary(model)` lists it at any time.
 
     Args:
         model: Any module; it is changed.
-        quant_config: The schema of the new layers; `BitQuantConfig()` where None.
-        skip: Qualified names, as `named_modules()` gives them, of layers (or of modules with all their layers) to
-            leave alone, for example `["head"]`.
+        quant_config: The schema of the new layers; `BitQuantConfig()` if None.
+        skip: Qualified names, as `named_modules()` gives them, or patterns of them (`"*.head"`, `"layers.[01].*"`) of
+            layers, or of modules with all their layers, to leave alone. None: the output head. `()`: nothing.
+        filter_fn: Called with every layer that is not skipped, and its name; those for which it returns False are left
+            alone.
 
     Returns:
-        `model`, or the new layer where `model` itself is an `nn.Linear`.
+        `model`, or the new layer if `model` itself is an `nn.Linear`.
 
     Raises:
-        QuantizationError: a name in `skip` does not exist in the model; a layer cannot be replaced (see
-            `BitLinear.from_linear`; its name is given). Then nothing has changed.
+        QuantizationError: `model` is no module; an entry of `skip` is no name and matches nothing in the model; a layer
+            cannot be replaced (see `BitLinear.from_linear`; its name is given). Then nothing has changed.
     """
-    unknown = set(skip) - {name for name, _ in model.named_modules()}
-    if unknown:
-        raise QuantizationError(f"skip names {sorted(unknown)}, which the model does not have")
+    if not isinstance(model, nn.Module):
+        raise QuantizationError(f"model is a {type(model).__name__}, expected an nn.Module")
+    skipped = _skipped(model, skip)
     if type(model) is nn.Linear:
         return BitLinear.from_linear(model, quant_config)
-    places = list(_places(model, "", frozenset(skip)))
+    left: dict[str, str] = {}
+    places = [place for place in _places(model, "", skipped, left) if _wanted(place, filter_fn, left)]
     replacements: dict[nn.Module, BitLinear] = {}  # A layer used in two places stays one layer.
     for place in places:
         if place.linear not in replacements:
             replacements[place.linear] = _replacement(place, quant_config)
     for place in places:
         setattr(place.parent, place.name, replacements[place.linear])
-    _leave_fast_paths(model)
+    _leave_compiled_fast_paths(model)
+    _LOG.info("convert: %d nn.Linear became BitLinear, %d were left alone", len(places), len(left))
+    for path, reason in left.items():
+        _LOG.info("convert: %s was left alone: %s", path, reason)
     return model
 
 
@@ -55,15 +77,61 @@ class _Place(NamedTuple):
     linear: nn.Linear
 
 
-def _places(module: nn.Module, prefix: str, skip: frozenset[str]) -> Iterator[_Place]:
+def _skipped(model: nn.Module, skip: Collection[str] | None) -> dict[str, str]:
+    """Names of modules to leave alone, with the reason."""
+    if skip is None:
+        return dict.fromkeys(_output_heads(model), "it is the output head")
+    if isinstance(skip, str) or not all(isinstance(entry, str) for entry in skip):
+        raise QuantizationError(f"skip is {skip!r}, expected a collection of names or patterns, or None")
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found: dict[str, str] = {}
+    unknown = []
+    for entry in skip:
+        matches = [name for name in names if name == entry or fnmatchcase(name, entry)]
+        found |= dict.fromkeys(matches, f"skip has {entry!r}")
+        if not matches:
+            unknown.append(entry)
+    if unknown:
+        raise QuantizationError(f"skip names {sorted(unknown)}, which the model does not have")
+    return found
+
+
+def _output_heads(model: nn.Module) -> list[str]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    find_head = getattr(model, "get_output_embeddings", None)  # transformers' models have it.
+    head = find_head() if callable(find_head) else None
+    return [
+        path
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Linear)
+        and (module is head or path.rpartition(".")[2] == "lm_head" or id(module.weight) in embeddings)
+    ]
+
+
+def _places(module: nn.Module, prefix: str, skipped: dict[str, str], left: dict[str, str]) -> Iterator[_Place]:
     for name, child in module._modules.items():
         path = f"{prefix}{name}"
-        if child is None or path in skip:
+        if child is None:
             continue
-        if type(child) is nn.Linear:
+        if path in skipped:
+            left |= {
+                f"{path}.{inner}".rstrip("."): skipped[path]
+                for inner, part in child.named_modules()
+                if isinstance(part, nn.Linear) and not isinstance(part, BitLinear)
+            }
+        elif type(child) is nn.Linear:
             yield _Place(module, name, path, child)
         else:
-            yield from _places(child, f"{path}.", skip)
+            if isinstance(child, nn.Linear) and not isinstance(child, BitLinear):
+                left[path] = f"it is a {type(child).__name__}, a subclass of nn.Linear"
+            yield from _places(child, f"{path}.", skipped, left)
+
+
+def _wanted(place: _Place, filter_fn: FilterFn | None, left: dict[str, str]) -> bool:
+    if filter_fn is None or filter_fn(place.linear, place.path):
+        return True
+    left[place.path] = "filter_fn returned False"
+    return False
 
 
 def _replacement(place: _Place, quant_config: BitQuantConfig | None) -> BitLinear:
@@ -73,8 +141,8 @@ def _replacement(place: _Place, quant_config: BitQuantConfig | None) -> BitLinea
         raise QuantizationError(f"{place.path}: {error}") from error
 
 
-def _leave_fast_paths(model: nn.Module) -> None:
-    """Keeps torch's encoders from computing with the float weights of ternary layers."""
+def _leave_compiled_fast_paths(model: nn.Module) -> None:
+    """Keeps torch's encoders from their fast paths in compiled code, where a layer cannot see who reads its weight."""
     for module in model.modules():
         if not any(isinstance(part, BitLinear) for part in module.modules()):
             continue
@@ -87,15 +155,17 @@ def _leave_fast_paths(model: nn.Module) -> None:
 def deploy(model: nn.Module) -> nn.Module:
     """Deploys every `BitLinear` of a model that is not deployed yet, and sets the model to evaluation mode.
 
-    All weights are prepared before the first layer changes: where one cannot be, the model stays as it was.
+    All weights are prepared before the first layer changes: if one cannot be, the model stays as it was.
 
     Returns:
         `model`.
 
     Raises:
         StateError: every BitLinear is deployed already.
-        QuantizationError: there is no BitLinear; a weight is not finite (its name is given).
+        QuantizationError: `model` is no module or has no BitLinear; a weight is not finite (its name is given).
     """
+    if not isinstance(model, nn.Module):
+        raise QuantizationError(f"model is a {type(model).__name__}, expected an nn.Module")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
     remaining = {name: layer for name, layer in layers.items() if not layer.is_deployed}
     if not layers:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from bitcore import _library
+from bitcore._torch_private import Function, below_autograd, forward_mode_is_active, is_tracing
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
-from bitcore.ops import _checks, _torch_ops
+from bitcore.ops import _checks, _flops, _torch_ops
 
 _library.load()
 _lib = torch.library.Library("bitcore", "FRAGMENT")
@@ -55,7 +56,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError
     """
-    if forward_ad._current_level < 0:
+    if not forward_mode_is_active():
         return
     if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError("bitlinear has no forward-mode derivative (jvp, dual numbers): use backward")
@@ -68,11 +69,11 @@ def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any
         NotImplementedError: x or bias carries a tangent.
     """
     refuse_tangents(x, bias)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_tracing():
         return call(op, x, scale, qweight, bias, *rest)
     if torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)):
         return _Inference.apply(x, scale, qweight, bias, *rest, op)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return call(op, x, scale, qweight, bias, *rest)
 
 
@@ -83,7 +84,7 @@ def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any)
         NotImplementedError: x, weight or bias carries a tangent.
     """
     refuse_tangents(x, weight, bias)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or is_tracing() or not torch.is_grad_enabled():
         return call(op, x, weight, bias, *rest)[0]
     return _Training.apply(x, weight, bias, *rest, op)
 
@@ -341,13 +342,14 @@ def _keep_for_inference(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
-    qweight_scale, qweight = ctx.saved_tensors
+    qweight_scale, qweight = ctx.saved_tensors  # Checkpointing computes them here, by a forward that records gradients.
     needs = ctx.needs_input_grad
     dx_dtype = ctx.x_dtype if needs[0] else None
     dbias_dtype = ctx.bias_dtype if needs[3] else None
-    dx, _, dbias = bitlinear_backward(
-        dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, dx_dtype, None, dbias_dtype
-    )
+    with below_autograd():
+        dx, _, dbias = bitlinear_backward(
+            dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, dx_dtype, None, dbias_dtype
+        )
     return dx if needs[0] else None, None, None, dbias if needs[3] else None, None, None, None, None, None
 
 
@@ -372,21 +374,22 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     _refuse_second_derivative()
     if dy is None:
         return (None,) * 8
-    x, x_scale, kept_weight, qweight_scale = ctx.saved_tensors
+    x, x_scale, kept_weight, qweight_scale = ctx.saved_tensors  # As in _backward_inference.
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     in_features, weight_per_channel, x_dtype, weight_dtype, bias_dtype = ctx.kept
-    dx, dweight, dbias = bitlinear_backward(
-        dy,
-        x,
-        x_scale,
-        kept_weight,
-        qweight_scale,
-        in_features,
-        weight_per_channel,
-        x_dtype if needs_x else None,
-        weight_dtype if needs_weight else None,
-        bias_dtype if needs_bias else None,
-    )
+    with below_autograd():
+        dx, dweight, dbias = bitlinear_backward(
+            dy,
+            x,
+            x_scale,
+            kept_weight,
+            qweight_scale,
+            in_features,
+            weight_per_channel,
+            x_dtype if needs_x else None,
+            weight_dtype if needs_weight else None,
+            bias_dtype if needs_bias else None,
+        )
     return (
         dx if needs_x else None,
         dweight if needs_weight else None,
@@ -404,34 +407,20 @@ _NO_GRADIENTS = (None,) * 5  # of the arguments after x, weight and bias
 # ignores.
 
 
-class Function(torch.autograd.Function):
-    """Without what torch's `apply` does for functions of other kinds, at every call."""
-
-    boxed_grads_call = False  # Torch asks for it in every backward, and a miss costs it an exception.
-
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """As torch's, which refuses the transforms of torch.func."""
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
-
-
 class _Inference(Function):
     """The inference operator, which is the last argument, of the arguments before it."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             y = call(op, *inputs)
         _keep_for_inference(ctx, inputs, y)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return *_backward_inference(ctx, dy), None
+        return *_backward_inference(ctx, dy), None
 
 
 class _Training(Function):
@@ -440,15 +429,14 @@ class _Training(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             outputs = call(op, *inputs)
         _save_for_training(ctx, inputs, outputs)
         return outputs[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return *_backward_training(ctx, dy), None
+        return *_backward_training(ctx, dy), None
 
 
 def _refuse_second_derivative() -> None:
@@ -500,3 +488,5 @@ torch_bitlinear_train = torch.ops.bitcore.torch_bitlinear_train.default
 attach_gradient = torch.ops.bitcore.straight_through.default
 list_kernels = torch.ops.bitcore.list_kernels.default
 kernel_tile_calls = torch.ops.bitcore.kernel_tile_calls.default
+
+_flops.register()

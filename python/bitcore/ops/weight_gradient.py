@@ -3,13 +3,15 @@
 Of bitcore, and not of the layers that use it, so that an exported model needs nothing but bitcore to be loaded.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitcore._torch_private import Function
 from bitcore.config import BitQuantConfig
-from bitcore.ops._ops import Function, autocast_off
+from bitcore.ops._ops import autocast_off
 from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
 
 
@@ -23,7 +25,9 @@ def _(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channe
     return torch.empty_like(y)
 
 
-def attach_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig) -> Tensor:
+def attach_weight_gradient(
+    y: Tensor, x: Tensor, weight: Tensor, config: BitQuantConfig, on_gradient: Callable[[], None] | None = None
+) -> Tensor:
     """y once more, through which the straight-through gradient, dY^T @ dq(x), reaches the weight.
 
     Args:
@@ -31,9 +35,11 @@ def attach_weight_gradient(y: Tensor, x: Tensor, weight: Tensor, config: BitQuan
         x: (*, in_features).
         weight: (out_features, in_features), floating.
         config: The schema that y was computed with.
+        on_gradient: Called whenever the weight's gradient has been computed (but not by compiled code).
     """
     if not torch.compiler.is_compiling():
-        direct: Tensor = _Attached.apply(y, x, weight, config)
+        # x gets no gradient here, and compiled autograd cannot take None for one.
+        direct: Tensor = _Attached.apply(y, x.detach(), weight, config, on_gradient)
         return direct
     int8_activations = config.activation_dtype == "int8"
     output: Tensor = _attach(y, x, weight, int8_activations, config.activation_granularity == "per_channel")
@@ -76,7 +82,7 @@ class _Attached(Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        y, x, weight, ctx.config = arguments
+        y, x, weight, ctx.config, ctx.on_gradient = arguments
         ctx.save_for_backward(x)
         ctx.weight_dtype = weight.dtype
         output: Tensor = y.detach()
@@ -84,7 +90,10 @@ class _Attached(Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, dy)
+        gradients = _backward(ctx, dy)
+        if ctx.on_gradient is not None and ctx.needs_input_grad[2]:
+            ctx.on_gradient()
+        return gradients
 
 
 _attach.register_autograd(_backward, setup_context=_keep)

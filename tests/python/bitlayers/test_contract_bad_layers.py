@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -185,3 +186,63 @@ def test_config_of_a_deployed_layer_must_fit_its_scale() -> None:
     layer.quant_config = BitQuantConfig("per_channel")
     with pytest.raises(QuantizationError, match=r"qweight_scale.*19"):
         layer(torch.ones(K))
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_of_mixed_devices(deployed: bool, assign: bool) -> None:
+    layer = layer_of(deployed=deployed)
+    before = copy.deepcopy(layer.state_dict())
+    for name in before:
+        state = {key: tensor.to("meta") if key == name else tensor for key, tensor in before.items()}
+        with pytest.raises(QuantizationError, match=rf"{name} on meta.*expected one device"):
+            layer.load_state_dict(state, assign=assign)
+    assert layer.is_deployed == deployed
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_features": True}, "in_features is True, expected an integer from 1 to 16777215"),
+        ({"in_features": 2**24}, "in_features is 16777216, expected an integer from 1 to 16777215"),
+        ({"in_features": 4.0}, r"in_features is 4\.0, expected an integer"),
+        ({"out_features": True}, "out_features is True, expected an integer"),
+        ({"out_features": 2**70}, "out_features is 1180591620717411303424, expected an integer"),
+        ({"out_features": None}, "out_features is None, expected an integer"),
+        ({"bias": "yes"}, "bias is 'yes', expected True or False"),
+        ({"bias": 2}, "bias is 2, expected True or False"),
+        ({"bias": None}, "bias is None, expected True or False"),
+        ({"init_method": ["normal"]}, r"init_method is \['normal'\], expected"),
+        ({"init_method": None}, "init_method is None, expected"),
+        ({"quant_config": "int8"}, "quant_config is 'int8', expected a BitQuantConfig"),
+        ({"dtype": torch.float64}, r"dtype is torch\.float64, expected one of torch\.float32"),
+        ({"dtype": "float32"}, "dtype is float32, expected one of"),
+    ],
+)
+def test_illegal_arguments_of_the_constructor(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantizationError, match=message):
+        BitLinear(**{"in_features": 4, "out_features": 4, **arguments})
+
+
+def test_odd_but_legal_arguments_of_the_constructor() -> None:
+    layer = BitLinear(np.int64(6), torch.Size([3])[0], 1, dtype=torch.bfloat16, device=torch.device("cpu"))  # type: ignore[arg-type]
+    assert (type(layer.in_features), layer.in_features, layer.out_features) == (int, 6, 3)
+    assert layer.bias is not None
+    assert BitLinear(1, 1, False)(torch.ones(1)).shape == (1,)
+    assert BitLinear(2**24 - 1, 1, device="meta").weight.shape == (1, 2**24 - 1)
+
+
+def test_a_default_dtype_that_no_layer_supports() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(QuantizationError, match=r"default dtype is torch\.float64.*give the layer a dtype"):
+            BitLinear(4, 4)
+        layer = BitLinear(4, 4, dtype=torch.float32)
+        assert layer(torch.ones(2, 4, dtype=torch.float32)).dtype == torch.float32
+        deployed = layer.deploy()
+        assert deployed.qweight_scale is not None
+        assert deployed.qweight_scale.dtype == torch.float32
+        BitLinear(4, 4, dtype=torch.float32).load_state_dict(deployed.state_dict())
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.nn.utils import prune
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError, StateError
-from bitlayers import BitLinear, convert, deploy
+from bitlayers import BitLinear, convert, deploy, summary
 from support import same_bits
 
 CONFIG = BitQuantConfig("per_channel", "int8", "per_channel")
@@ -57,6 +59,99 @@ def test_convert_of_a_single_layer_and_of_an_unknown_name() -> None:
     assert isinstance(convert(nn.Linear(2, 2)), BitLinear)
     with pytest.raises(QuantizationError, match="tail"):
         convert(Block(), skip=["tail"])
+
+
+class Decoder(nn.Module):
+    """As a language model: an embedding, blocks, a head."""
+
+    def __init__(self, head: str, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(8, 8), "down": nn.Linear(8, 8)}) for _ in range(3)])
+        self.add_module(head, nn.Linear(8, 11, bias=False))
+        self.head_name = head
+        if tied:
+            self.get_submodule(head).weight = self.embedding.weight
+
+
+class WithOutputEmbeddings(Decoder):
+    def get_output_embeddings(self) -> nn.Module:
+        return self.get_submodule(self.head_name)
+
+
+def ternary(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, BitLinear)}
+
+
+EVERY = {f"layers.{index}.{name}" for index in range(3) for name in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Decoder("lm_head", False), Decoder("out", True), WithOutputEmbeddings("out", False)],
+    ids=["name", "tie", "method"],
+)
+def test_the_output_head_and_embeddings_are_left_alone(model: Decoder) -> None:
+    assert ternary(convert(copy.deepcopy(model))) == EVERY
+    assert ternary(convert(copy.deepcopy(model), skip=())) == EVERY | {model.head_name}
+
+
+@pytest.mark.parametrize(
+    ("skip", "skipped"),
+    [
+        (["layers.1"], {"layers.1.up", "layers.1.down"}),
+        (["*.up"], {f"layers.{index}.up" for index in range(3)}),
+        (("layers.[02].down",), {"layers.0.down", "layers.2.down"}),
+        ({"lm_head", "layers.?.*"}, EVERY | {"lm_head"}),
+    ],
+)
+def test_convert_skips_names_and_patterns(skip: Any, skipped: set[str]) -> None:
+    assert ternary(convert(Decoder("lm_head", False), skip=skip)) == (EVERY | {"lm_head"}) - skipped
+
+
+def test_convert_asks_a_filter(caplog: pytest.LogCaptureFixture) -> None:
+    asked = []
+
+    def wanted(module: nn.Linear, name: str) -> bool:
+        asked.append(name)
+        return module.out_features == 8 and "up" in name
+
+    with caplog.at_level("INFO", logger="bitlayers"):
+        model = convert(Decoder("lm_head", False), filter_fn=wanted)
+    assert set(asked) == EVERY
+    assert ternary(model) == {f"layers.{index}.up" for index in range(3)}
+    assert "3 nn.Linear became BitLinear, 4 were left alone" in caplog.text
+    assert "layers.0.down was left alone: filter_fn returned False" in caplog.text
+    assert "lm_head was left alone: it is the output head" in caplog.text
+
+
+@pytest.mark.parametrize("skip", ["lm_head", [1], [None]])
+def test_skip_of_another_type(skip: Any) -> None:
+    with pytest.raises(QuantizationError, match="skip is .*expected a collection of names"):
+        convert(Decoder("lm_head", False), skip=skip)
+
+
+@pytest.mark.parametrize("call", [convert, deploy, summary])
+def test_no_module(call: Callable[[Any], object]) -> None:
+    with pytest.raises(QuantizationError, match="model is a str, expected an nn.Module"):
+        call("model")
+
+
+def test_summary() -> None:
+    model = convert(Decoder("lm_head", False), CONFIG)
+    deploy(model.get_submodule("layers.1"))
+    listed = summary(model)
+    assert [layer.name for layer in listed.layers] == [
+        name for name, part in model.named_modules() if isinstance(part, nn.Linear)
+    ]
+    kinds = {layer.name: (layer.kind, layer.state, layer.quant_config) for layer in listed.layers}
+    assert kinds["layers.0.up"] == ("ternary", "trainable", CONFIG)
+    assert kinds["layers.1.down"] == ("ternary", "deployed", CONFIG)
+    assert kinds["lm_head"] == ("float", "trainable", None)
+    assert {layer.name: layer.bytes for layer in listed.layers}["layers.0.up"] == 4 * (8 * 8 + 8)
+    lines = str(listed).splitlines()
+    assert len(lines) == 1 + 7 + 1
+    assert lines[-1].split() == ["total", f"{listed.bytes:,}"]
 
 
 def test_deploy_of_a_model() -> None:

@@ -1,0 +1,393 @@
+"""What torch's own machinery does with ternary layers: checkpointing, sharding, tracing, counting, fast paths."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitcore import _torch_private
+from bitcore.config import all_configs
+from bitcore.exceptions import QuantizationError, StateError
+from bitlayers import BitLinear, convert, deploy
+from layer_helpers import PER_CHANNEL, STATES, layer_in, put_into
+from support import same_bits
+
+Run = Callable[[nn.Module, Tensor], Tensor]
+
+
+def block(state: str = "training", seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    ternary = [put_into(state, BitLinear(*sizes, quant_config=PER_CHANNEL)) for sizes in ((24, 32), (32, 24))]
+    return nn.Sequential(nn.LayerNorm(24), ternary[0], nn.GELU(), ternary[1])
+
+
+def rows(count: int = 4) -> Tensor:
+    return torch.randn(count, 24, generator=torch.Generator().manual_seed(1))
+
+
+def results(model: nn.Module, run: Run) -> list[Tensor]:
+    """y and the gradients of x and every parameter."""
+    x = rows().requires_grad_()
+    model.zero_grad()
+    y = run(model, x)
+    y.square().sum().backward()
+    gradients = [x.grad, *(parameter.grad for _, parameter in sorted(model.named_parameters()))]
+    return [y.detach(), *(gradient.clone() for gradient in gradients if gradient is not None)]
+
+
+def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# --- activation checkpointing and saved tensors ---------------------------------------------------------------------
+
+
+def nested(model: nn.Module, x: Tensor) -> Tensor:
+    inner: Run = lambda m, a: checkpoint(m, a, use_reentrant=False)  # noqa: E731
+    return checkpoint(inner, model, x, use_reentrant=False)
+
+
+def in_segments(model: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(model, nn.Sequential)
+    return checkpoint_sequential(model, 2, x, use_reentrant=False)
+
+
+def on_the_host(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return model(x)
+
+
+def copied(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()):
+        return model(x)
+
+
+def compiled(model: nn.Module, x: Tensor) -> Tensor:
+    run = torch.compile(lambda m, a: checkpoint(m, a, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    return run(model, x)
+
+
+WAYS: dict[str, Run] = {
+    "reentrant": lambda model, x: checkpoint(model, x, use_reentrant=True),
+    "not reentrant": lambda model, x: checkpoint(model, x, use_reentrant=False),
+    "to the end": lambda model, x: checkpoint(model, x, use_reentrant=False, early_stop=False),
+    "nested": nested,
+    "in segments": in_segments,
+    "on the host": on_the_host,
+    "copied": copied,
+    "compiled": compiled,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("state", STATES)
+def test_saved_tensors_may_be_recomputed_or_moved(state: str, way: str) -> None:
+    model = block(state)
+    assert_equal(results(model, WAYS[way]), results(model, lambda m, x: m(x)))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_under_autocast(use_reentrant: bool) -> None:
+    def autocast(run: Run) -> Run:
+        def inside(model: nn.Module, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return run(model, x).float()
+
+        return inside
+
+    model = block()
+    expected = results(model, autocast(lambda m, x: m(x)))
+    assert_equal(results(model, autocast(lambda m, x: checkpoint(m, x, use_reentrant=use_reentrant))), expected)
+
+
+# --- sharding and replication ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (1,))
+    for part in model.modules():
+        if isinstance(part, BitLinear):
+            fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("distribute", [sharded, DistributedDataParallel])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_distributed_model_trains_as_the_plain_one(
+    distribute: Callable[[nn.Module], nn.Module], training: bool
+) -> None:
+    plain, distributed = block(), distribute(block())
+    optimizers = [torch.optim.SGD(model.train(training).parameters(), lr=0.5) for model in (plain, distributed)]
+    x = rows()
+    for _ in range(3):
+        outputs = [model(x) for model in (plain, distributed)]
+        assert same_bits(outputs[0].detach(), outputs[1].detach())
+        for y, optimizer in zip(outputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            y.square().mean().backward()
+            optimizer.step()
+    with torch.no_grad():
+        assert same_bits(plain.eval()(x), distributed.eval()(x))
+
+
+# --- a weight that is refilled --------------------------------------------------------------------------------------
+
+
+def resized_to_nothing(weight: Tensor, values: Tensor) -> None:
+    storage = weight.untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+    storage.resize_(size)
+    preserve_version = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+    with preserve_version(weight), torch.no_grad():
+        weight.copy_(values)
+
+
+def transposed_in_place(weight: Tensor, values: Tensor) -> None:
+    weight.data.copy_(values.t())
+    weight.data = weight.data.t()
+
+
+def swapped(weight: Tensor, values: Tensor) -> None:
+    torch.utils.swap_tensors(weight, nn.Parameter(values.clone()))
+
+
+REFILLS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "copied into data": lambda weight, values: weight.data.copy_(values),
+    "other data": lambda weight, values: setattr(weight, "data", values.clone()),
+    "data of other strides": lambda weight, values: setattr(weight, "data", values.t().contiguous().t()),
+    "the same memory transposed": transposed_in_place,
+    "through NumPy": lambda weight, values: weight.detach().numpy().__setitem__(slice(None), values.numpy()),
+    "freed and gathered again": resized_to_nothing,
+    "swapped": swapped,
+}
+
+
+@pytest.mark.parametrize("refill", REFILLS)
+@torch.no_grad()
+def test_the_packed_copy_follows_every_refill(refill: str) -> None:
+    layer = BitLinear(32, 32, quant_config=PER_CHANNEL).eval()
+    x = torch.randn(3, 32)
+    before = layer(x)
+    values = torch.randn(32, 32)
+    if refill == "swapped":
+        layer._packed = None  # What shares the weight's memory could not be swapped; torch refuses it.
+    REFILLS[refill](layer.weight, values)
+    expected = BitLinear(32, 32, quant_config=PER_CHANNEL).eval()
+    expected.weight.copy_(layer.weight)
+    expected.bias.copy_(layer.bias)
+    assert same_bits(layer(x), expected(x))
+    assert not same_bits(layer(x), before)
+
+
+def test_a_weight_of_another_shape_in_data_is_refused() -> None:
+    layer = BitLinear(16, 8).eval()
+    with torch.no_grad():
+        layer(torch.randn(2, 16))
+        layer.weight.data = torch.randn(8, 12)
+        with pytest.raises(QuantizationError, match="16"):
+            layer(torch.randn(2, 16))
+
+
+# --- tracing and compiling ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_symbolic_trace_of_a_model(state: str) -> None:
+    model = block(state)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 4
+    assert_equal(results(traced, lambda m, x: m(x)), results(model, lambda m, x: m(x)))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_symbolic_trace_of_one_layer(state: str, bias: bool) -> None:
+    layer = put_into(state, BitLinear(24, 8, bias, quant_config=PER_CHANNEL))
+    traced = torch.fx.symbolic_trace(layer)
+    assert_equal(results(traced, lambda m, x: m(x)), results(layer, lambda m, x: m(x)))
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_jit_trace(state: str, grad: bool) -> None:
+    layer = layer_in(state)
+    x = torch.randn(3, layer.in_features)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(layer, (x,))
+        file = io.BytesIO()
+        torch.jit.save(traced, file)
+        file.seek(0)
+        assert same_bits(torch.jit.load(file)(-x).detach(), layer(-x).detach())
+
+
+def test_jit_script_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace"):
+        torch.jit.script(nn.Sequential(BitLinear(4, 4)))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_compiled_autograd(state: str) -> None:
+    model = block(state)
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x)
+
+    expected = results(model, run)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        assert_equal(results(model, run), expected)
+
+
+# --- counting -------------------------------------------------------------------------------------------------------
+
+
+def flops(model: nn.Module, backward: bool) -> int:
+    x = rows().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        y = model(x)
+        if backward:
+            y.sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_flops_are_those_of_a_float_layer(state: str) -> None:
+    layer = put_into(state, BitLinear(24, 8, quant_config=PER_CHANNEL))
+    plain = nn.Linear(24, 8)
+    assert flops(layer, backward=False) == flops(plain, backward=False) == 2 * 4 * 24 * 8
+    frozen = plain.requires_grad_(state != "deployed")
+    assert flops(layer, backward=True) == flops(frozen, backward=True)
+
+
+# --- modules of torch that read a weight past its layer -------------------------------------------------------------
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    torch.manual_seed(2)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    layer.linear1 = BitLinear.from_linear(layer.linear1, PER_CHANNEL)
+    layer.linear2 = BitLinear.from_linear(layer.linear2, PER_CHANNEL)
+    return layer
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("make", [lambda layer: layer, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@torch.no_grad()
+def test_an_encoder_layer_computes_with_ternary_weights(make: Callable[[Any], Any], deployed: bool) -> None:
+    layer, x = make(encoder_layer()), torch.randn(2, 5, 16)
+    trained = layer(x)
+    if deployed:
+        deploy(layer)
+    layer.eval()
+    torch.testing.assert_close(layer(x), trained, rtol=0, atol=1e-5)
+    encoder = nn.TransformerEncoder(layer, 2)  # It copies the layer.
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    torch.backends.mha.set_fastpath_enabled(False)
+    expected = encoder.eval()(x, src_key_padding_mask=mask)
+    torch.backends.mha.set_fastpath_enabled(True)
+    found = encoder(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@torch.no_grad()
+def test_a_converted_encoder_may_be_compiled(deployed: bool) -> None:
+    encoder = convert(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), 2))
+    x = torch.randn(2, 5, 16)
+    trained = encoder(x)
+    if deployed:
+        deploy(encoder)
+    encoder.eval()
+    found = torch.compile(encoder, backend="aot_eager")(x)
+    torch.testing.assert_close(found, trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_decoder_layer_computes_with_ternary_weights(state: str) -> None:
+    torch.manual_seed(3)
+    decoder = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    convert(decoder, PER_CHANNEL)
+    x, memory = torch.randn(2, 5, 16), torch.randn(2, 3, 16)
+    expected = decoder(x, memory).detach()
+    if state == "deployed":
+        deploy(decoder)
+    torch.testing.assert_close(decoder.eval()(x, memory).detach(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_attention_with_a_ternary_output_projection_is_refused(state: str, grad: bool) -> None:
+    attention = nn.MultiheadAttention(16, 2, batch_first=True).train(state == "training")
+    attention.out_proj = put_into(state, BitLinear(16, 16, quant_config=PER_CHANNEL))  # type: ignore[assignment]
+    x = torch.randn(2, 5, 16)
+    with torch.set_grad_enabled(grad), pytest.raises(QuantizationError, match="out_proj"):
+        attention(x, x, x)
+
+
+# --- pickling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_layer_with_any_init_method_can_be_pickled(state: str) -> None:
+    layer = layer_in(state, init_method=lambda weight: nn.init.normal_(weight))
+    restored = pickle.loads(pickle.dumps(layer))
+    assert all(same_bits(a, b) for a, b in zip(restored.parameters(), layer.parameters(), strict=True))
+    assert copy.deepcopy(layer).init_method is layer.init_method
+    if state != "deployed":
+        with pytest.raises(StateError, match="lambda"):
+            restored.reset_parameters()
+        named = pickle.loads(pickle.dumps(layer_in(state, init_method=nn.init.ones_)))
+        named.reset_parameters()
+        assert bool((named.weight == 1).all())
+
+
+@pytest.mark.parametrize("error", [QuantizationError, StateError])
+def test_errors_and_configs_can_be_pickled(error: type[Exception]) -> None:
+    restored = pickle.loads(pickle.dumps(error("x has 3 features")))
+    assert type(restored) is error
+    assert str(restored) == "x has 3 features"
+    assert [pickle.loads(pickle.dumps(config)) for config in all_configs()] == list(all_configs())
+
+
+# --- a torch without its undocumented functions ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_undocumented_functions_of_torch_are_not_needed(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block(state)
+    expected = results(model, lambda m, x: m(x))
+    asked: list[str] = []
+
+    def find(owner: object, name: str, otherwise: Any) -> Any:
+        asked.append(name)
+        return otherwise
+
+    monkeypatch.setattr(_torch_private, "_find", find)
+    monkeypatch.setattr(_torch_private, "_below_autograd", nullcontext)
+    monkeypatch.setattr(_torch_private, "_functorch_is_active", lambda: True)
+    assert_equal(results(model, lambda m, x: m(x)), expected)
+    assert {"apply", "_current_level"} <= set(asked)
