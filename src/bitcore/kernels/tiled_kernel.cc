@@ -9,6 +9,7 @@
 #include "bitcore/base/arena.h"
 #include "bitcore/base/checks.h"
 #include "bitcore/base/math.h"
+#include "bitcore/base/parallel.h"
 #include "bitcore/kernels/base3_recode-inl.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/packing/packing_internal.h"
@@ -271,7 +272,7 @@ class Run {
     if (threads == 1) {
       task(0);
     } else {
-      args_.executor->run(threads, [&task](int index) { task(index); });  // one reference fits std::function
+      run_tasks(*args_.executor, threads, task);
     }
   }
 
@@ -576,7 +577,7 @@ std::size_t TiledKernel::workspace_size(std::int64_t tokens, const PackedShape& 
 void TiledKernel::operator()(const LinearArgs& args) const {
   if (args.x.rows == 0) return;
   const PackedShape shape = check_trailer(args.qweight, args.x.cols);
-  const Plan plan(functions_, args.x.rows, shape, args.executor->num_threads());
+  const Plan plan(functions_, args.x.rows, shape, threads_of(*args.executor));
   const auto run = [&](std::byte* memory) { count_tiles(Run(functions_, args, shape, plan, Arena(memory)).run()); };
   const std::size_t bytes = bytes_of(functions_, plan, shape);
   if (!args.workspace.empty()) {

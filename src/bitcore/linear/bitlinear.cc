@@ -72,10 +72,11 @@ Executor& executor_of(const Options& options) {
 void run_kernel(LinearArgs args, const Options& options) {
   const KernelRegistry::KernelPtr kernel = kernel_of(args.config, options);
   args.executor = &executor_of(options);
+  const int threads = threads_of(*args.executor);
   if (args.qweight.dtype == DType::uint8) {
     if (!options.workspace.empty()) {
       const PackedShape shape = read_trailer(args.qweight);
-      const std::size_t needed = kernel->workspace_size(args.x.rows, shape, args.config, args.executor->num_threads());
+      const std::size_t needed = kernel->workspace_size(args.x.rows, shape, args.config, threads);
       if (options.workspace.size() < needed) {
         fail("workspace has ", options.workspace.size(), " bytes, this call needs ", needed, ": see workspace_size");
       }
@@ -158,7 +159,7 @@ std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const Bi
   if (rows < 0) fail("rows must be at least 0, got ", rows);
   packed_shape(shape.out_features, shape.in_features, shape.layout);  // bounds of the sizes
   const KernelRegistry::KernelPtr kernel = kernel_of(config, options);
-  const int threads = executor_of(options).num_threads();
+  const int threads = threads_of(executor_of(options));
   // Fewer rows may go another way, which may need more.
   std::size_t bytes = 0;
   for (std::int64_t fewer = std::min<std::int64_t>(rows, kMostDirectTokens + 1); fewer >= 1; --fewer) {
