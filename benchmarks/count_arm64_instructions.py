@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         program = Path(directory) / "one_forward"
         source = ROOT / "benchmarks" / "one_forward.cc"
-        compiler = ["aarch64-linux-gnu-g++", "-std=c++20", "-O2", "-no-pie", "-fopenmp", f"-I{ROOT}/include"]
+        compiler = ["aarch64-linux-gnu-g++", "-std=c++20", "-O2", "-no-pie", "-pthread", f"-I{ROOT}/include"]
         subprocess.run([*compiler, str(source), str(LIBRARY), "-o", str(program)], check=True)
         for kernel in KERNELS:
             for rows in arguments.rows:

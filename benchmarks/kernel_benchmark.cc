@@ -64,17 +64,6 @@ class Rotation {
   AlignedArray<std::uint8_t> memory_;
 };
 
-/// At most `threads` of the default executor's threads.
-class LimitedExecutor final : public Executor {
- public:
-  explicit LimitedExecutor(int threads) : threads_(threads) {}
-  int num_threads() const override { return threads_; }
-  void run(int count, const std::function<void(int)>& task) override { default_executor().run(count, task); }
-
- private:
-  int threads_;
-};
-
 std::vector<float> random_floats(std::int64_t count) {
   std::mt19937 engine(1);
   std::normal_distribution<float> normal;
@@ -93,7 +82,7 @@ void forward(benchmark::State& state, const Case& c) {
   const Rotation matrices(prepared.qweight);
   const std::vector<float> x = random_floats(c.tokens * c.in_features);
   AlignedArray<float> y(c.tokens * c.out_features);
-  LimitedExecutor executor(c.threads);
+  ThreadPool executor(c.threads);
   std::size_t turn = 0;
   for (auto _ : state) {
     const ConstMatrixView qweight(matrices[turn++].data(), c.out_features, prepared.shape.row_bytes());
@@ -106,9 +95,9 @@ void forward(benchmark::State& state, const Case& c) {
                                               benchmark::Counter::kIsIterationInvariantRate);
 }
 
-// On the default executor, so that threads start as they do for the kernels.
+// On a pool, so that threads start as they do for the kernels.
 void read_bandwidth(benchmark::State& state) {
-  LimitedExecutor executor(static_cast<int>(state.range(0)));
+  ThreadPool executor(static_cast<int>(state.range(0)));
   const std::vector<std::uint8_t> bytes(static_cast<std::size_t>(kRotationBytes), 1);
   const int streams = static_cast<int>(state.range(1));
   for (auto _ : state) benchmark::DoNotOptimize(limits::bytes_per_second(bytes, executor, streams, 1));
@@ -120,7 +109,7 @@ void read_bandwidth(benchmark::State& state) {
 void read_matrices(benchmark::State& state, const MatrixRead& read) {
   const PackedShape shape = packed_shape(read.out_features, read.in_features, read.layout);
   const Rotation matrices(std::vector<std::uint8_t>(static_cast<std::size_t>(shape.bytes()), 1));
-  LimitedExecutor executor(read.threads);
+  ThreadPool executor(read.threads);
   std::size_t turn = 0;
   for (auto _ : state) {
     benchmark::DoNotOptimize(limits::bytes_per_second(matrices[turn++], executor, read.streams, 1));
@@ -131,7 +120,7 @@ void read_matrices(benchmark::State& state, const MatrixRead& read) {
 
 void arithmetic(benchmark::State& state, const limits::MultiplyAdds& loop) {
   constexpr std::int64_t kRounds = 200'000;
-  LimitedExecutor executor(static_cast<int>(state.range(0)));
+  ThreadPool executor(static_cast<int>(state.range(0)));
   for (auto _ : state) benchmark::DoNotOptimize(limits::operations_per_second(loop, executor, kRounds));
   const auto operations = static_cast<double>(state.range(0) * kRounds * loop.operations);
   state.counters["GOPS"] = benchmark::Counter(1e-9 * operations, benchmark::Counter::kIsIterationInvariantRate);

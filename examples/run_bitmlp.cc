@@ -15,13 +15,11 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
-#include <functional>
 #include <iostream>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -40,29 +38,6 @@ using bitcore::ConstVectorView;
 using bitcore::DType;
 using bitcore::MatrixView;
 using bitcore::SafetensorsFile;
-
-// --- threads ---------------------------------------------------------------------------------------------------------
-
-// Without an executor the engine uses default_executor(). A program can bring its own threads instead, as this one
-// does: new ones for every call.
-class ThreadExecutor final : public bitcore::Executor {
- public:
-  explicit ThreadExecutor(int threads) : threads_(threads) {}
-
-  int num_threads() const override { return threads_; }
-
-  void run(int count, const std::function<void(int)>& task) override {
-    const auto share = [&](int thread) {
-      for (int i = thread; i < count; i += threads_) task(i);
-    };
-    std::vector<std::jthread> others;
-    for (int thread = 1; thread < std::min(threads_, count); ++thread) others.emplace_back(share, thread);
-    share(0);
-  }
-
- private:
-  int threads_;
-};
 
 // --- the model -------------------------------------------------------------------------------------------------------
 
@@ -323,7 +298,7 @@ void run_program(const Arguments& arguments) {
   const Model model = load_model(arguments.paths[0]);
   const SafetensorsFile input(arguments.paths[1]);
   const bitcore::TensorEntry& x = input.tensor("x");
-  ThreadExecutor executor(arguments.threads);
+  bitcore::ThreadPool executor(arguments.threads);
   const bitcore::bitlinear::Options options{.executor = &executor, .kernel = arguments.kernel};
   const auto start = std::chrono::steady_clock::now();
   const Matrix y = run(model, x.matrix(), options);

@@ -2,13 +2,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <functional>
 #include <iostream>
 #include <new>
 #include <random>
 #include <span>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "bitcore/exceptions.h"
@@ -65,18 +63,6 @@ float train_step(const Floats& x, const Floats& target, Floats& weight, Floats& 
   return loss;
 }
 
-// Threads of the program's own. The engine starts none: it hands its tasks to an Executor.
-class TwoThreads final : public bitcore::Executor {
- public:
-  int num_threads() const override { return 2; }
-  void run(int count, const std::function<void(int)>& task) override {
-    std::jthread other([&] {
-      for (int i = 1; i < count; i += 2) task(i);
-    });
-    for (int i = 0; i < count; i += 2) task(i);
-  }
-};
-
 // A safetensors file: the length of the header, the header, the bytes.
 std::string save(const bitcore::bitlinear::PreparedWeights& weights) {
   const std::string size = std::to_string(weights.qweight.size());
@@ -119,7 +105,7 @@ int main() {
   bitcore::bitlinear::forward(x_view, prepared, bias_view, kConfig, {again.data(), kTokens, kOut}, options);
   require(allocations == before && again == y, "with a workspace forward allocates nothing");
 
-  TwoThreads threads;
+  bitcore::ThreadPool threads(2);
   bitcore::bitlinear::forward(x_view, prepared, bias_view, kConfig, {again.data(), kTokens, kOut},
                               {.executor = &threads});
   require(again == y, "threads of the program's own, the same bits");

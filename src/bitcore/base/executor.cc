@@ -1,12 +1,18 @@
-// Threads for callers that bring none: OpenMP's where this file is compiled with it.
 #include "bitcore/executor.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include <algorithm>
+#include <charconv>
+#include <cstdlib>
+#include <string_view>
+#include <system_error>
+
+#include "bitcore/base/checks.h"
+#include "bitcore/base/cpu_count.h"
 
 namespace bitcore {
 namespace {
+
+constexpr const char* kVariable = "BITLAB_NUM_THREADS";
 
 class SerialExecutor final : public Executor {
  public:
@@ -16,18 +22,19 @@ class SerialExecutor final : public Executor {
   }
 };
 
-#ifdef _OPENMP
-class OpenMpExecutor final : public Executor {
- public:
-  int num_threads() const override { return omp_in_parallel() ? 1 : omp_get_max_threads(); }
-  void run(int count, const std::function<void(int)>& task) override {
-#pragma omp parallel for schedule(static, 1) num_threads(count < num_threads() ? count : num_threads()) if (count > 1)
-    for (int i = 0; i < count; ++i) task(i);
-  }
-};
-#endif
-
 }  // namespace
+
+int default_num_threads() {
+  const char* variable = std::getenv(kVariable);
+  if (variable == nullptr) return std::min(usable_cpus(), ThreadPool::kMostThreads);
+  const std::string_view text = variable;
+  int threads = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), threads);
+  if (error != std::errc() || end != text.data() + text.size() || threads < 1 || threads > ThreadPool::kMostThreads) {
+    fail(kVariable, " is '", text, "', expected a number from 1 to ", ThreadPool::kMostThreads);
+  }
+  return threads;
+}
 
 Executor& serial_executor() {
   static SerialExecutor executor;
@@ -35,12 +42,9 @@ Executor& serial_executor() {
 }
 
 Executor& default_executor() {
-#ifdef _OPENMP
-  static OpenMpExecutor executor;
-  return executor;
-#else
-  return serial_executor();
-#endif
+  // Never destroyed: other threads may compute while the process ends.
+  static ThreadPool* const pool = new ThreadPool;
+  return *pool;
 }
 
 }  // namespace bitcore

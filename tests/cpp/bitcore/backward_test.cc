@@ -47,7 +47,7 @@ double dot(std::int64_t count, const A& a, const B& b) {
 TEST(Backward, IsStraightThrough) {
   const Floats x = random_floats(kTokens * kIn, 1), weight = random_floats(kOut * kIn, 2);
   const Floats dy = random_floats(kTokens * kOut, 3);
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const BitQuantConfig& config : all_configs()) {
     SCOPED_TRACE(to_string(config));
     Floats y(kTokens * kOut), dx(x.size(), 9.0f), dw(weight.size(), 9.0f), db(kOut, 9.0f);

@@ -41,7 +41,7 @@ float slow_weight_scale(const float* begin, std::int64_t count) {
 }
 
 TEST(WeightScale, FollowsTheFixedOrder) {
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const auto& [rows, cols] : {std::pair<int, int>{1, 1}, {3, 5}, {16, 16}, {1, 4097}, {100, 999}, {70, 5000}}) {
     const Floats weight = random_floats(rows * cols, 3, 0.02f);
     const ConstMatrixView view(weight.data(), rows, cols);

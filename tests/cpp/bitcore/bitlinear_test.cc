@@ -32,7 +32,7 @@ struct Data {
 
 TEST(PrepareWeights, EqualsScaleQuantizePack) {
   const Data data;
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const BitQuantConfig& config : all_configs()) {
     const auto prepared = bitlinear::prepare_weights(data.weight_view(), config);
     EXPECT_EQ(prepared.scale, compute_weight_scale(data.weight_view(), config));

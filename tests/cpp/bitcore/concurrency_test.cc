@@ -16,7 +16,7 @@ using testing::bits_of;
 using testing::Floats;
 using testing::random_floats;
 
-// Enough multiply-adds for forward to use both threads of TwoThreads.
+// Enough multiply-adds for forward to use both threads of a pool.
 constexpr std::int64_t kTokens = 40, kOut = 130, kIn = 420;
 
 struct Layer {
@@ -85,7 +85,7 @@ TEST(Concurrency, FirstUsesMeet) {
 }
 
 TEST(Concurrency, EveryKernelOnSharedWeightsWhileKernelsComeAndGo) {
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
     const Layer layer({.activation_dtype = dtype, .activation_granularity = Granularity::per_channel});
     const std::vector<std::string> kernels = kernels_for(layer.config);
@@ -160,7 +160,7 @@ TEST(Concurrency, ARemovedKernelFinishesItsCalls) {
 
 // Training steps of several threads on one weight: forward_training and backward only read it.
 TEST(Concurrency, TrainingStepsShareAWeight) {
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   const Layer layer({.activation_granularity = Granularity::per_channel});
   std::vector<Floats> gradients(4, Floats(kOut * kIn));
   on_threads(4, [&](int i) {

@@ -126,7 +126,7 @@ void expect_close(const Layer& layer, const Floats& x, const Floats& y, const Fl
 }
 
 void check_all_kernels(const Layer& layer, const Floats& x, const Floats& expected) {
-  ::bitcore::testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const std::string& kernel : kernels_for(layer.config)) {
     SCOPED_TRACE(kernel);
     const std::uint64_t before = tile_calls(kernel);
@@ -489,7 +489,7 @@ Floats sums_in_chains(const Codes& weights, const Floats& x, std::int64_t out_fe
 // whole and partial tiles.
 TEST_F(Kernels, Float32SumsAreChainsOfSixteen) {
   const BitQuantConfig config{.activation_dtype = ActivationDtype::float32};
-  testing::TwoThreads two_threads;
+  ThreadPool two_threads(2);
   for (const auto& [out_features, in_features] : {std::pair{16, 16}, {37, 83}, {50, 300}, {33, 160}, {129, 1200}}) {
     const Codes weights = random_codes(out_features * in_features, 5);
     for (const std::int64_t tokens : {1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13, 15, 16, 17, 18, 33, 50}) {

@@ -1,4 +1,4 @@
-// What the C++ tests share: random matrices, an executor that always uses two threads, error checks.
+// What the C++ tests share: random matrices, error checks.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -56,19 +56,6 @@ inline std::vector<BitQuantConfig> all_configs() {
   }
   return configs;
 }
-
-/// Two real threads, whatever the machine and OpenMP say.
-class TwoThreads final : public Executor {
- public:
-  int num_threads() const override { return 2; }
-  void run(int count, const std::function<void(int)>& task) override {
-    std::thread other([&] {
-      for (int i = 1; i < count; i += 2) task(i);
-    });
-    for (int i = 0; i < count; i += 2) task(i);
-    other.join();
-  }
-};
 
 /// Expects `call` to throw Error with every one of `parts` in its text.
 template <class Error, class Call>

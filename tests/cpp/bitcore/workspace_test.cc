@@ -1,60 +1,21 @@
 // A forward with a workspace allocates nothing; workspaces are checked; results do not depend on them.
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
+#include "allocations.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
 #include "support.h"
 
-namespace {
-
-std::atomic<std::int64_t> allocations{0};
-
-void* allocate(std::size_t size, std::size_t alignment) {
-  allocations.fetch_add(1);
-  void* memory = nullptr;
-  if (posix_memalign(&memory, std::max(alignment, sizeof(void*)), size == 0 ? 1 : size) != 0) throw std::bad_alloc();
-  return memory;
-}
-
-}  // namespace
-
-// Every form of operator new of this program counts. GCC takes free() for a mistake here: it looks into operator new,
-// but not that far.
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmismatched-new-delete"
-#endif
-void* operator new(std::size_t size) { return allocate(size, alignof(std::max_align_t)); }
-void* operator new(std::size_t size, std::align_val_t alignment) {
-  return allocate(size, static_cast<std::size_t>(alignment));
-}
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-
 namespace bitcore {
 namespace {
 
 using testing::all_configs;
+using testing::allocations;
 using testing::bits_of;
 using testing::expect_error;
 using testing::Floats;
 using testing::random_floats;
-using testing::TwoThreads;
 
 constexpr std::int64_t kOut = 70, kIn = 333;
-
-// The same task order as TwoThreads, on one thread: std::thread allocates.
-class TwoTasks final : public Executor {
- public:
-  int num_threads() const override { return 2; }
-  void run(int count, const std::function<void(int)>& task) override {
-    for (int i = count - 1; i >= 0; --i) task(i);
-  }
-};
 
 struct Call {
   bitlinear::PreparedWeights weights;
@@ -82,14 +43,15 @@ std::vector<std::string> kernels_with_workspace(const Call& call) {
 }
 
 TEST(Workspace, ForwardAllocatesNothing) {
-  TwoTasks two_tasks;
+  ThreadPool pool(2);
+  pool.run(2, [](int) {});  // starts its threads
   for (const BitQuantConfig& config : all_configs()) {
     for (const Layout layout : kLayouts) {
       const Call call(config, layout);
       const std::vector<std::string> kernels = kernels_with_workspace(call);
       ASSERT_GE(kernels.size(), 1u);
       for (const std::string& kernel : kernels) {
-        for (Executor* executor : {&serial_executor(), static_cast<Executor*>(&two_tasks)}) {
+        for (Executor* executor : {&serial_executor(), static_cast<Executor*>(&pool)}) {
           constexpr std::int64_t kMost = 130;
           bitlinear::Options options{executor, kernel};
           std::vector<std::byte> memory(bitlinear::workspace_size(kMost, call.weights.shape, config, options) + 1);
@@ -112,13 +74,13 @@ TEST(Workspace, ForwardAllocatesNothing) {
 
 // Behind the workspace's end nothing is written: a canary of many cache lines.
 TEST(Workspace, IsNotOverrun) {
-  TwoTasks two_tasks;
+  ThreadPool pool(2);
   for (const BitQuantConfig& config : all_configs()) {
     for (const Layout layout : kLayouts) {
       const Call call(config, layout);
       for (const std::string& kernel : kernels_with_workspace(call)) {
         for (const std::int64_t rows : {1, 2, 5, 12, 13, 25, 40, 130, 1100}) {
-          bitlinear::Options options{&two_tasks, kernel};
+          bitlinear::Options options{&pool, kernel};
           const std::size_t size = bitlinear::workspace_size(rows, call.weights.shape, config, options);
           std::vector<std::byte> memory(size + 65536, std::byte{0x5a});
           options.workspace = std::span(memory).first(size);
@@ -134,7 +96,7 @@ TEST(Workspace, IsNotOverrun) {
 }
 
 TEST(Workspace, OneForMoreRowsServesFewer) {
-  TwoThreads threads;
+  ThreadPool threads(2);
   for (const BitQuantConfig& config : all_configs()) {
     const Call call(config, Layout::two_bit);
     for (const std::string& kernel : kernels_with_workspace(call)) {

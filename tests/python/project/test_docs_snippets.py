@@ -68,7 +68,7 @@ def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
     source, program = tmp_path / "snippet.cc", tmp_path / "snippet"
     source.write_text(snippet.code)
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(source)]
-    subprocess.run([*command, str(ENGINE), "-fopenmp", "-o", str(program)], check=True, timeout=300)
+    subprocess.run([*command, str(ENGINE), "-pthread", "-o", str(program)], check=True, timeout=300)
     subprocess.run([str(program)], check=True, timeout=60)
 
 
