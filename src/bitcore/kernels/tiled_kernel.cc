@@ -22,6 +22,9 @@ namespace {
 // in which one core does about a million.
 constexpr std::int64_t kMacsPerThread = std::int64_t{1} << 20;
 
+// Multiply-adds of a unit that another thread takes from one that is late: no more than 50 us.
+constexpr std::int64_t kMacsPerUnit = std::int64_t{1} << 21;
+
 // Activations that are quantized, packed and multiplied before the next ones: they stay in the last-level cache.
 constexpr std::int64_t kActivationBlockBytes = std::int64_t{4} << 20;
 
@@ -77,6 +80,7 @@ struct Plan {
 
     panel_unit = direct ? f.direct_rows : f.panel_rows;
     units = ceil_div(shape.out_features, panel_unit);
+    whole_runs = direct && !recode && tokens <= token_tile && most_threads > 1;
     panels = direct ? direct_panels(f, tokens, shape) : units;
     // Where there are fewer panels than threads could take, the tokens are split as well.
     const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
@@ -84,11 +88,15 @@ struct Plan {
   }
 
   // A panel is a run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what
-  // comes. Several tiles of tokens find the weights in the second-level cache; a rewritten tile serves all tokens.
+  // comes. A thread multiplies all panels of its own together with one tile of tokens; several tiles of tokens find the
+  // weights in the second-level cache; a rewritten tile serves all tokens.
   std::int64_t direct_panels(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
     if (recode) return units;
     std::int64_t least = most_threads;
-    if (tokens > token_tile) {
+    if (whole_runs) {
+      const std::int64_t macs = tokens * shape.in_features * shape.out_features;
+      least = round_up(ceil_div(macs, kMacsPerUnit), most_threads);
+    } else if (tokens > token_tile) {
       const std::int64_t fitting =
           std::max<std::int64_t>(1, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
       least = std::max(least, round_up(ceil_div(units, fitting), most_threads));
@@ -112,6 +120,7 @@ struct Plan {
   bool own_x;                 // each thread packs the one tile of tokens for itself: one alone would take as long
   std::int64_t panel_unit;    // output rows that the kernel computes together
   std::int64_t units;
+  bool whole_runs;      // a thread takes all of its panels together, unless another has begun with them
   std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
   std::int64_t splits;
 };
@@ -250,11 +259,13 @@ class Run {
 
   Thread thread_buffers(int index) const { return buffers_.thread(f_, plan_, arena_, index); }
 
-  // Calls work(unit, buffers) for every unit. Each thread begins with a run of adjacent units of its own, the same in
-  // every call: cores that share no cache then find x, weights and y where they left them. One that has finished its
-  // run takes units of the others', so that a slow core delays nobody.
+  // Calls work(first, last, buffers) for ranges of units, which cover all. Each thread begins with a run of adjacent
+  // units of its own, the same in every call: cores that share no cache then find x, weights and y where they left
+  // them. One that has finished its run takes units of the others', so that a slow core delays nobody. With
+  // `whole_runs` a thread takes its run as one range, but if it comes so late that another has begun with it, unit by
+  // unit like that one.
   template <class Work>
-  void for_each_unit(std::int64_t units, const Work& work) {
+  void for_each_range(std::int64_t units, bool whole_runs, const Work& work) {
     const int threads = static_cast<int>(std::min<std::int64_t>(units, plan_.most_threads));
     const auto begin = [&](int run) { return units * run / threads; };
     for (int run = 0; run < threads; ++run) std::construct_at(&buffers_.next[run], begin(run));
@@ -263,9 +274,14 @@ class Run {
       for (int turn = 0; turn < threads; ++turn) {
         const int run = (index + turn) % threads;
         std::atomic<std::int64_t>& next = buffers_.next[run].unit;
+        std::int64_t untouched = begin(run);
+        if (whole_runs && turn == 0 &&
+            next.compare_exchange_strong(untouched, begin(run + 1), std::memory_order_relaxed)) {
+          work(begin(run), begin(run + 1), buffers);
+        }
         while (next.load(std::memory_order_relaxed) < begin(run + 1)) {  // a cache line that is only read is not moved
           const std::int64_t unit = next.fetch_add(1, std::memory_order_relaxed);
-          if (unit < begin(run + 1)) work(unit, buffers);
+          if (unit < begin(run + 1)) work(unit, unit + 1, buffers);
         }
       }
     };
@@ -274,6 +290,13 @@ class Run {
     } else {
       run_tasks(*args_.executor, threads, task);
     }
+  }
+
+  // Calls work(unit, buffers) for every unit.
+  template <class Work>
+  void for_each_unit(std::int64_t units, const Work& work) {
+    for_each_range(units, /*whole_runs=*/false,
+                   [&](std::int64_t unit, std::int64_t, Thread& buffers) { work(unit, buffers); });
   }
 
   void note_invalid(std::uint32_t invalid) {
@@ -387,14 +410,15 @@ class Run {
   void multiply_block(std::int64_t begin, std::int64_t count) {
     const std::int64_t tiles = token_tiles(count);
     const std::int64_t splits = std::min(plan_.splits, tiles);
-    for_each_unit(plan_.panels * splits, [&](std::int64_t unit, Thread& thread) {
+    // With whole runs there is one tile of tokens, so that units are panels.
+    for_each_range(plan_.panels * splits, plan_.whole_runs, [&](std::int64_t unit, std::int64_t end, Thread& thread) {
       if (plan_.own_x && !thread.has_x) {
         pack_tile(begin, 0, count, count, thread);
         thread.has_x = true;
       }
       const std::int64_t panel = unit % plan_.panels, split = unit / plan_.panels;
       const std::int64_t row = plan_.first_row(panel);
-      const std::int64_t rows = std::min(plan_.first_row(panel + 1), shape_.out_features) - row;
+      const std::int64_t rows = std::min(plan_.first_row(panel + end - unit), shape_.out_features) - row;
       const TokenTiles of = {begin, count, split * tiles / splits, (split + 1) * tiles / splits};
       note_invalid(plan_.direct ? multiply_packed(row, rows, of, thread) : multiply_unpacked(row, rows, of, thread));
     });
