@@ -99,10 +99,11 @@ void check_width(std::int64_t width, const char* name, const char* what) {
   if (width > kMaxInFeatures) fail(name, " has ", width, what, ", at most ", kMaxInFeatures, " are supported");
 }
 
-// Rank 2 with adjacent elements in each row.
+// Rank 2 with adjacent elements in each row, and rows that do not overlap (as those of an expanded tensor do).
 Matrix matrix(const Tensor& tensor, DType dtype) {
   const bool adjacent = tensor.size(1) <= 1 || tensor.stride(1) == 1;
-  Tensor owner = adjacent ? tensor : torch::stable::contiguous(tensor);
+  const bool apart = tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1);
+  Tensor owner = adjacent && apart ? tensor : torch::stable::contiguous(tensor);
   const ConstMatrixView view(owner.const_data_ptr(), dtype, owner.size(0), owner.size(1),
                              owner.size(0) > 1 ? owner.stride(0) : owner.size(1));
   return {std::move(owner), view};

@@ -39,7 +39,9 @@ struct DTypeOf<std::uint8_t> {
 };
 }  // namespace detail
 
-/// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart.
+/// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart. Every function that takes
+/// one throws a QuantizationError for negative sizes, for several rows that overlap (`row_stride` below `cols`), and
+/// for elements without memory.
 struct ConstMatrixView {
   const void* data = nullptr;    ///< First element of the first row.
   DType dtype = DType::float32;  ///< Of the elements.

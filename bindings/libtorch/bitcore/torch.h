@@ -86,10 +86,12 @@ struct Matrix {
   ConstMatrixView view;
 };
 
-/// Rank 2, made to have adjacent elements in each row.
+/// Rank 2, made to have adjacent elements in each row and rows that do not overlap.
 inline Matrix matrix(const at::Tensor& tensor, DType dtype) {
   at::Tensor owner = tensor.detach().resolve_neg();
-  if (owner.size(1) > 1 && owner.stride(1) != 1) owner = owner.contiguous();
+  const bool adjacent = owner.size(1) <= 1 || owner.stride(1) == 1;
+  const bool apart = owner.size(0) <= 1 || owner.stride(0) >= owner.size(1);
+  if (!adjacent || !apart) owner = owner.contiguous();
   const std::int64_t row_stride = owner.size(0) > 1 ? owner.stride(0) : owner.size(1);
   const ConstMatrixView view(owner.const_data_ptr(), dtype, owner.size(0), owner.size(1), row_stride);
   return {std::move(owner), view};

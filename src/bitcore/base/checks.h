@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <sstream>
 #include <string>
 
@@ -35,6 +36,34 @@ inline void check_shape(std::int64_t rows, std::int64_t cols, std::int64_t expec
                         const char* argument) {
   if (rows != expected_rows || cols != expected_cols) {
     fail(argument, " has shape (", rows, ", ", cols, "), expected (", expected_rows, ", ", expected_cols, ")");
+  }
+}
+
+/// A view's sizes and memory, which every public function checks before it reads or writes any of it.
+inline void check_view(ConstMatrixView m, const char* argument) {
+  if (m.rows < 0 || m.cols < 0) fail(argument, " has shape (", m.rows, ", ", m.cols, "), expected sizes of at least 0");
+  if (m.rows == 0 || m.cols == 0) return;
+  if (m.data == nullptr) fail(argument, " is null, expected memory of shape (", m.rows, ", ", m.cols, ")");
+  const std::int64_t row_stride = m.rows == 1 ? m.cols : m.row_stride;
+  if (row_stride < m.cols)
+    fail(argument, " has row_stride ", row_stride, ", expected at least its ", m.cols, " columns");
+  constexpr std::int64_t kMostElements = std::int64_t{1} << 60;
+  if (row_stride > kMostElements / m.rows) {
+    fail(argument, " has ", m.rows, " rows of row_stride ", row_stride, ", expected at most ", kMostElements,
+         " elements");
+  }
+}
+
+/// An optional vector: no memory stands for none, and has no elements.
+inline void check_view(ConstVectorView v, const char* argument) {
+  if (v.size < 0) fail(argument, " has ", v.size, " elements, expected at least 0");
+  if (v.data == nullptr && v.size > 0) fail(argument, " is null, expected memory of ", v.size, " elements");
+}
+
+template <class T>
+void check_span(std::span<T> values, const char* argument) {
+  if (values.data() == nullptr && !values.empty()) {
+    fail(argument, " is null, expected memory of ", values.size(), " elements");
   }
 }
 

@@ -20,7 +20,10 @@ namespace {
 
 // The width of x that a qweight of either form takes.
 std::int64_t in_features_of(ConstMatrixView qweight) {
-  if (qweight.dtype == DType::int8) return qweight.cols;
+  if (qweight.dtype == DType::int8) {
+    check_view(qweight, "qweight");
+    return qweight.cols;
+  }
   if (qweight.dtype != DType::uint8) {
     fail("qweight must be packed uint8 or int8 codes, got ", to_string(qweight.dtype));
   }
@@ -29,6 +32,7 @@ std::int64_t in_features_of(ConstMatrixView qweight) {
 
 void check_qweight_scale(std::span<const float> scale, std::int64_t out_features, const BitQuantConfig& config) {
   const auto size = static_cast<std::int64_t>(scale.size());
+  check_span(scale, "qweight_scale");
   const std::int64_t expected = weight_scale_size(out_features, config);
   if (size != expected) {
     fail("qweight_scale has ", size, " elements, weight_granularity '", to_string(config.weight_granularity), "' with ",
@@ -52,12 +56,23 @@ void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, Cons
   const std::int64_t in_features = in_features_of(qweight);
   if (x.cols != in_features) fail("x has ", x.cols, " features, qweight expects ", in_features);
   check_qweight_scale(qweight_scale, qweight.rows, config);
+  check_view(bias, "bias");
   if (bias) {
     check_floating(bias.dtype, "bias");
     if (bias.size != qweight.rows) fail("bias has ", bias.size, " elements, qweight has ", qweight.rows, " rows");
   }
   check_floating(y.dtype, "y");
   check_shape(y.rows, y.cols, x.rows, qweight.rows, "y");
+  check_view(y, "y");
+}
+
+// The view of its bytes is made from its shape.
+void check_prepared(const PreparedWeights& weights) {
+  const PackedShape& shape = weights.shape;
+  if (static_cast<std::int64_t>(weights.qweight.size()) != shape.bytes()) {
+    fail("weights.qweight has ", weights.qweight.size(), " bytes, weights.shape (", shape.out_features, ", ",
+         shape.row_bytes(), ") takes ", shape.bytes());
+  }
 }
 
 KernelRegistry::KernelPtr kernel_of(const BitQuantConfig& config, const Options& options) {
@@ -74,6 +89,7 @@ void run_kernel(LinearArgs args, const Options& options) {
   args.executor = &executor_of(options);
   const int threads = threads_of(*args.executor);
   if (args.qweight.dtype == DType::uint8) {
+    check_span(options.workspace, "workspace");
     if (!options.workspace.empty()) {
       const PackedShape shape = read_trailer(args.qweight);
       const std::size_t needed = kernel->workspace_size(args.x.rows, shape, args.config, threads);
@@ -94,6 +110,7 @@ void run_kernel(LinearArgs args, const Options& options) {
 void check_weight(ConstMatrixView weight) {
   check_floating(weight.dtype, "weight");
   packed_shape(weight.rows, weight.cols);  // bounds of the sizes
+  check_view(weight, "weight");
 }
 
 // Packs rows [begin, end): codes by comparison instead of division. For a scale s >= 1e-5, h = s / 2 is exact, and
@@ -171,6 +188,7 @@ std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const Bi
 void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight, ConstVectorView bias,
              const BitQuantConfig& config, MatrixView y, const Options& options) {
   check_floating(x.dtype, "x");
+  check_view(x, "x");
   check_forward(x, qweight_scale, qweight, bias, config, y);
   check_scale_values(qweight_scale);
   run_kernel({x, {}, qweight_scale, qweight, bias, config, y, nullptr}, options);
@@ -178,6 +196,7 @@ void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatri
 
 void forward(ConstMatrixView x, const PreparedWeights& weights, ConstVectorView bias, const BitQuantConfig& config,
              MatrixView y, const Options& options) {
+  check_prepared(weights);
   forward(x, weights.scale, weights.view(), bias, config, y, options);
 }
 
@@ -187,7 +206,9 @@ void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::
   const bool int8 = config.activation_dtype == ActivationDtype::int8;
   if (int8) check_dtype(qx.dtype, DType::int8, "qx");
   if (!int8) check_floating(qx.dtype, "qx");
+  check_view(qx, "qx");
   check_size(static_cast<std::int64_t>(x_scale.size()), int8 ? x_scale_size(qx.rows, config) : 0, "x_scale");
+  check_span(x_scale, "x_scale");
   check_forward(qx, qweight_scale, qweight, bias, config, y);
   run_kernel({qx, x_scale, qweight_scale, qweight, bias, config, y, nullptr}, options);
 }
@@ -195,6 +216,7 @@ void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::
 SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVectorView bias,
                               const BitQuantConfig& config, MatrixView y, const Options& options) {
   check_floating(x.dtype, "x");
+  check_view(x, "x");
   check_weight(weight);
   if (x.cols != weight.cols) fail("x has ", x.cols, " features, weight expects ", weight.cols);
   Executor& executor = executor_of(options);
@@ -227,7 +249,6 @@ void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
 }
 
 void check_gradient(MatrixView gradient, std::int64_t rows, std::int64_t cols, const char* argument) {
-  if (gradient.data == nullptr) return;
   check_floating(gradient.dtype, argument);
   check_shape(gradient.rows, gradient.cols, rows, cols, argument);
 }
@@ -332,6 +353,8 @@ void check_quantized_x(const BackwardInputs& inputs, std::int64_t rows, std::int
   if (int8) check_dtype(inputs.qx.dtype, DType::int8, "qx");
   if (!int8) check_floating(inputs.qx.dtype, "qx");
   check_shape(inputs.qx.rows, inputs.qx.cols, rows, in_features, "qx");
+  check_view(inputs.qx, "qx");
+  check_span(inputs.x_scale, "x_scale");
   check_size(static_cast<std::int64_t>(inputs.x_scale.size()), int8 ? x_scale_size(rows, config) : 0, "x_scale");
 }
 
@@ -340,7 +363,10 @@ void check_quantized_x(const BackwardInputs& inputs, std::int64_t rows, std::int
 void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantConfig& config,
               const Gradients& gradients, Executor& executor) {
   check_floating(dy.dtype, "dy");
+  check_view(dy, "dy");
   const auto& [dx, dweight, dbias] = gradients;
+  check_view(dx, "dx");
+  check_view(dweight, "dweight");
   if (dx.data != nullptr) {
     const PackedShape shape = read_trailer(inputs.qweight);
     check_shape(dy.rows, dy.cols, dy.rows, shape.out_features, "dy");
@@ -359,6 +385,8 @@ void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantCo
 void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
               Executor& executor) {
   const PackedShape& shape = saved.weights.shape;
+  check_prepared(saved.weights);
+  packed_shape(shape.out_features, shape.in_features, shape.layout);  // bounds of the sizes
   const bool int8 = config.activation_dtype == ActivationDtype::int8;
   const std::int64_t rows = int8 ? static_cast<std::int64_t>(saved.qx.size()) / shape.in_features : saved.x.rows;
   check_shape(dy.rows, dy.cols, rows, shape.out_features, "dy");

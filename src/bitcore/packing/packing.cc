@@ -134,6 +134,8 @@ PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, La
 }
 
 std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) {
+  if (bytes < 0 || bytes % 4 != 0) fail("bytes must be a multiple of 4 and at least 0, got ", bytes);
+  if (payload == nullptr && bytes > 0) fail("payload is null, expected memory of ", bytes, " bytes");
   // Eight interleaved sums hide the latency of the multiplications.
   constexpr int kLanes = 8;
   std::uint64_t lane_factor[kLanes + 1] = {1};
@@ -180,12 +182,14 @@ void write_trailer(const PackedShape& shape, std::uint8_t* packed) {
 void check_packed_output(MatrixView packed, const PackedShape& shape) {
   check_dtype(packed.dtype, DType::uint8, "packed");
   check_shape(packed.rows, packed.cols, shape.out_features, shape.row_bytes(), "packed");
+  check_view(packed, "packed");
   if (packed.row_stride != packed.cols) fail("packed must be contiguous");
 }
 
 PackedShape read_trailer(ConstMatrixView packed) {
   if (packed.dtype != DType::uint8) fail("qweight must be packed uint8, got ", to_string(packed.dtype));
   if (packed.rows < 1) fail("qweight has ", packed.rows, " rows, expected at least 1");
+  check_view(packed, "qweight");
   if (packed.row_stride != packed.cols) fail("qweight must be contiguous");
   const std::int64_t trailer_row_bytes = ceil_div(kTrailerBytes, packed.rows);
   const std::int64_t payload_row_bytes = packed.cols - trailer_row_bytes;
@@ -243,6 +247,7 @@ void check_qweight(ConstMatrixView packed, std::int64_t in_features) {
 void pack_weights(ConstMatrixView qweight, MatrixView packed, Layout layout) {
   check_dtype(qweight.dtype, DType::int8, "qweight");
   const PackedShape shape = packed_shape(qweight.rows, qweight.cols, layout);
+  check_view(qweight, "qweight");
   check_packed_output(packed, shape);
   auto* bytes = static_cast<std::uint8_t*>(packed.data);
   std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()), kZeroCode);
@@ -282,6 +287,7 @@ void unpack_columns(ConstMatrixView packed, std::int64_t in_features, std::int64
     fail("columns ", first, " to ", first + columns.cols, " of ", in_features, ", expected a range that begins at a ",
          "multiple of ", codes_a_step);
   }
+  check_view(columns, "the unpacked weight");
   const StepRange range = {first / codes_a_step, ceil_div(columns.cols, codes_a_step)};
   const std::int64_t tiles = ceil_div(shape.out_features, kTileRows);
   parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 4096 / std::max<std::int64_t>(1, columns.cols)),

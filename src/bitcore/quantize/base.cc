@@ -66,11 +66,13 @@ float weight_scale_of(double sum, std::int64_t count) {
 ConstMatrixView one_row(ConstMatrixView m, std::int64_t row) { return {m.row(row), m.dtype, 1, m.cols, m.cols}; }
 
 void check_matrix(ConstMatrixView m, const char* argument) {
+  check_view(m, argument);
   if (m.rows < 0 || m.cols < 1) fail(argument, " has shape (", m.rows, ", ", m.cols, "), expected at least one column");
 }
 
 void check_scale(std::span<const float> scale, std::int64_t expected) {
   check_size(static_cast<std::int64_t>(scale.size()), expected, "scale");
+  check_span(scale, "scale");
 }
 
 // Row-wise quantization of either tensor.
@@ -98,6 +100,8 @@ void check_dequantize(ConstMatrixView codes, MatrixView out, const char* argumen
   check_dtype(codes.dtype, DType::int8, argument);
   check_dtype(out.dtype, DType::float32, "the output");
   check_shape(out.rows, out.cols, codes.rows, codes.cols, "the output");
+  check_view(codes, argument);
+  check_view(out, "the output");
 }
 
 }  // namespace
@@ -106,6 +110,8 @@ void convert(ConstMatrixView from, MatrixView to) {
   check_floating(from.dtype, "from");
   check_floating(to.dtype, "to");
   check_shape(to.rows, to.cols, from.rows, from.cols, "to");
+  check_view(from, "from");
+  check_view(to, "to");
   std::vector<float> row(static_cast<std::size_t>(from.cols));
   for (std::int64_t r = 0; r < from.rows; ++r) {
     widen(from.row(r), from.dtype, from.cols, row.data());
@@ -114,10 +120,12 @@ void convert(ConstMatrixView from, MatrixView to) {
 }
 
 std::int64_t weight_scale_size(std::int64_t out_features, const BitQuantConfig& config) {
+  if (out_features < 0) fail("out_features must be at least 0, got ", out_features);
   return config.weight_granularity == Granularity::per_tensor ? 1 : out_features;
 }
 
 std::int64_t x_scale_size(std::int64_t rows, const BitQuantConfig& config) {
+  if (rows < 0) fail("rows must be at least 0, got ", rows);
   return config.activation_granularity == Granularity::per_tensor ? 1 : rows;
 }
 
@@ -153,6 +161,7 @@ void quantize_weight(ConstMatrixView weight, std::span<const float> scale, const
   check_matrix(weight, "weight");
   check_dtype(qweight.dtype, DType::int8, "the output");
   check_shape(qweight.rows, qweight.cols, weight.rows, weight.cols, "the output");
+  check_view(qweight, "the output");
   check_scale(scale, weight_scale_size(weight.rows, config));
   quantize_rows(weight, executor, [&](std::int64_t row, const float* values) {
     const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
@@ -208,6 +217,7 @@ void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantC
   check_matrix(x, "x");
   check_dtype(qx.dtype, DType::int8, "the output");
   check_shape(qx.rows, qx.cols, x.rows, x.cols, "the output");
+  check_view(qx, "the output");
   check_scale(scale, x_scale_size(x.rows, config));
   quantize_rows(x, executor, [&](std::int64_t row, const float* values) {
     const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];

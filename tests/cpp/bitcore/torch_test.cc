@@ -173,6 +173,9 @@ TEST_P(TorchAdapter, StridesAndEmptyBatches) {
     expect_same_bits(torch::forward_training(x, weight, bias, GetParam()), expected);
     expect_same_bits(torch::prepare_weights(weight, GetParam()).qweight, weights.qweight);
   };
+  const at::Tensor row = c.x.slice(0, 0, 1);
+  expect_same_bits(torch::forward(row.expand({5, kIn}), weights, c.bias, GetParam()),
+                   torch::forward(row.repeat({5, 1}), weights, c.bias, GetParam()));
   const auto strided = [](const at::Tensor& t) { return at::stack({t, t}, -1).select(-1, 0); };
   same(c.x.t().contiguous().t(), c.weight.t().contiguous().t(), c.bias);
   same(strided(c.x), strided(c.weight), strided(c.bias));
