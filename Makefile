@@ -6,7 +6,6 @@
 #   make build    compiles what has changed
 #   make lint     ruff, mypy, clang-format       make format   rewrites the sources
 #   make docs     the C++ reference as HTML in build/docs/html
-#   make promises runs the tests of every promise and writes docs/promises.md, which names the kernels that ran
 #   make wheel    a wheel in dist/               make clean    removes all that was made, but .venv
 
 PYTHON ?= python3
@@ -19,7 +18,7 @@ BUILD := build
 DIST := dist
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
-.PHONY: help demo test setup build lint format docs promises wheel clean
+.PHONY: help demo test setup build lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -56,9 +55,6 @@ format: setup
 
 docs: setup
 	cmake --build $(BUILD) --target docs
-
-promises: setup
-	$(BIN)/python scripts/promises.py
 
 wheel: setup
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .
