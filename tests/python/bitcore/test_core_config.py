@@ -13,14 +13,14 @@ from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationErr
 
 
 def test_defaults() -> None:
-    assert BitQuantConfig() == BitQuantConfig("per_tensor", "int8", "per_tensor")
+    assert BitQuantConfig() == BitQuantConfig("per_tensor", "int8", "per_channel")
 
 
 def test_is_a_frozen_value() -> None:
     config = BitQuantConfig(weight_granularity="per_channel")
     assert len({config, BitQuantConfig("per_channel")}) == 1
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
-    assert dataclasses.replace(config, activation_dtype="float32").flags == (True, False, False)
+    assert dataclasses.replace(config, activation_dtype="float32").flags == (True, False, True)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.activation_dtype = "float32"  # type: ignore[misc]
 
