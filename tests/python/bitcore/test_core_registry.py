@@ -25,7 +25,7 @@ from bitcore.testing import assert_same_bits, check_kernel
 from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
 
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
-NATIVE = [kernel.name for kernel in BUILTIN_KERNELS if kernel.name != "TorchKernel"]
+SUPPORTED = [kernel for kernel in BUILTIN_KERNELS if kernel.is_supported()]
 
 
 class CustomKernel(BitKernelBase):
@@ -119,10 +119,8 @@ def _infer(config: BitQuantConfig = PER_TOKEN) -> Tensor:
 # ---- built-in kernels ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kernel", [*BUILTIN_KERNELS], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", SUPPORTED, ids=lambda kernel: kernel.name)
 def test_every_built_in_kernel_keeps_the_contract(kernel: BitKernelBase) -> None:
-    if not kernel.is_supported():
-        pytest.skip(f"this CPU lacks {kernel.requirement}")
     check_kernel(kernel)
 
 
@@ -146,20 +144,6 @@ def test_every_config_has_a_bound_kernel(config: BitQuantConfig) -> None:
     assert_same_bits(best(layer.x, scale, qweight, layer.bias), _infer(config))
     with pytest.raises(QuantizationError, match="quant_config"):
         TorchKernel()(layer.x, scale, qweight)
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_a_forced_kernel_runs(name: str) -> None:
-    kernel = next(kernel for kernel in BUILTIN_KERNELS if kernel.name == name)
-    if not kernel.is_supported():
-        pytest.skip(f"this CPU lacks {kernel.requirement}")
-    for config in CONFIGS:
-        if kernel.is_compatible_with(config):
-            with KernelRegistry.forced(name):
-                before = tile_calls(name)
-                assert KernelRegistry.get_kernel_for_config(config).name == name
-                _infer(config)
-                assert tile_calls(name) > before
 
 
 def test_kernels_that_cannot_be_had() -> None:

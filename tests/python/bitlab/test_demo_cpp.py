@@ -14,7 +14,7 @@ from bitcore.config import BitQuantConfig, all_configs
 from bitcore.exceptions import BitLabError
 from bitlab.demo.program import find_program, run_program
 from bitmodels import BitMLPConfig, BitMLPModel
-from support import INT8_KERNELS, same_bits, skip_unless_supported
+from support import INT8_KERNELS, same_bits
 
 PER_CHANNEL = BitQuantConfig("per_channel", "int8", "per_channel")
 SHAPES = [(1, 1, 9, 1), (1, 17, 9, 33), (2, 64, 16, 10), (5, 3, 130, 7), (3, 300, 65, 2)]
@@ -71,7 +71,6 @@ def test_values_that_are_not_finite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kernel", [name for name in INT8_KERNELS if name not in ("TorchKernel", "Int8Kernel")])
 def test_every_kernel(kernel: str, tmp_path: Path) -> None:
-    skip_unless_supported(kernel)
     check(make_model((3, 50, 37, 11), PER_CHANNEL).deploy(), torch.randn(9, 50), tmp_path, kernel=kernel)
 
 

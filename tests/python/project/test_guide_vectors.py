@@ -13,7 +13,7 @@ import oracle
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
 from bitcore.ops import base, bitlinear
-from support import INT8_KERNELS, TORCH_DTYPES, assert_same_bits, skip_unless_supported, to_array
+from support import INT8_KERNELS, TORCH_DTYPES, assert_same_bits, to_array
 from write_test_vectors import FILE, hex_bits, made, text
 
 VECTORS: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text())
@@ -82,7 +82,6 @@ def test_steps(vector: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", INT8_KERNELS)
 @pytest.mark.parametrize("vector", LINEARS, ids=lambda vector: vector["name"])
 def test_outputs_of_every_kernel(vector: dict[str, Any], name: str) -> None:
-    skip_unless_supported(name)
     config, k, n = config_of(vector), vector["in_features"], vector["out_features"]
     x = torch.from_numpy(floats(vector["x"])).view(-1, k)
     bias = None if vector["bias"] is None else torch.from_numpy(floats(vector["bias"]))
