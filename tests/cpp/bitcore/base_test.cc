@@ -147,7 +147,7 @@ TEST(Errors, NameTheArgumentAndBothValues) {
   const MatrixView qx(out.data(), 2, 3);
   expect_error<QuantizationError>([&] { compute_weight_scale({codes.data(), 2, 3}, {}); }, {"weight", "int8"});
   expect_error<QuantizationError>([&] { compute_x_scale({codes.data(), 2, 3}, {}); }, {"x", "int8"});
-  expect_error<QuantizationError>([&] { quantize_x({x.data(), 2, 3}, Floats{1, 1}, {}, qx); }, {"scale", "2", "1"});
+  expect_error<QuantizationError>([&] { quantize_x({x.data(), 2, 3}, Floats{1}, {}, qx); }, {"scale", "1", "2"});
   expect_error<QuantizationError>([&] { quantize_weight({x.data(), 3, 2}, Floats{1}, {}, qx); }, {"(2, 3)", "(3, 2)"});
   expect_error<QuantizationError>(
       [&] {

@@ -113,6 +113,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_float32_threads_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only the cache, not only one thread, not only int8."""
     monkeypatch.setattr("bitlab.bench.machine.last_level_cache", lambda _: 20_000)
+    # Two threads that other processes keep from running side by side have no round trip.
+    monkeypatch.setattr("bitlab.bench.limits._round_trip", lambda: [300.0])
     arguments = ["--shapes", "48x80", "--rows", "3", "--threads", "1,2", "--repetitions", "2", "--kernels", "best"]
     arguments += ["--activations", "float32,int8", "--layouts", "2bit", "--peers", "none", "--output", str(tmp_path)]
     assert main(["bench", *arguments]) == 0
@@ -431,16 +433,23 @@ def test_reads_of_weights_take_turns(size: int) -> None:
 
 
 def test_round_trip_between_threads() -> None:
+    """A time where the threads ran side by side, infinite where other processes kept one of them waiting."""
     with torch_threads(1):
         assert round_trip_sampler() is None
+    for threads in (2, 3):  # three: the slowest of two
+        with torch_threads(threads):
+            assert torch.ops.bitcore.measure_round_trip(1) > 0
+
+
+@pytest.mark.parametrize("found", [[], [300.0]], ids=["waits", "runs"])
+def test_a_round_trip_that_does_not_end_is_left_out(found: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitlab.bench.limits._round_trip", lambda: found)
     with torch_threads(2):
         sampler = round_trip_sampler()
-        assert sampler is not None
-        assert all(0 < nanoseconds < math.inf for _ in range(3) for nanoseconds in sampler())
-    with torch_threads(3):  # the slowest of two, whether or not there are three cores
-        assert 0 < torch.ops.bitcore.measure_round_trip(1) < math.inf
+    assert (sampler() if sampler else []) == found
 
 
+@pytest.mark.medium
 def test_round_trip_of_threads_that_do_not_run_side_by_side() -> None:
     program = """
 import torch, bitcore
@@ -450,7 +459,7 @@ print(torch.get_num_threads(), torch.ops.bitcore.measure_round_trip(2), round_tr
 """
     environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=600, check=True
     )
     assert done.stdout.split() == ["2", "inf", "None"]
 
