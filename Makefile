@@ -1,7 +1,13 @@
 # Everything from one command on a bare Debian 12: `make demo`, `make test`. `make` alone prints this.
 #
 #   make demo     trains, packs, saves and runs a ternary network; checks every claim; draws demo-output/demo.png
-#   make test     the C++ and the Python tests
+#
+# Three lanes of tests, each a part of the next; times on two idle cores, after the build:
+#
+#   make check      the quick C++ and Python tests, for every change: 90 seconds
+#   make test       all C++ and Python tests: 8 minutes
+#   make test-slow  sanitizers, fuzzing, emulated CPUs, the wheel, the guide's kernel: 8 minutes
+#
 #   make setup    .venv with all that is needed, and the build
 #   make build    compiles what has changed
 #   make lint     ruff, mypy, clang-format       make format   rewrites the sources
@@ -16,9 +22,10 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 BUILD := build
 DIST := dist
+JOBS ?= $(shell nproc)
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
-.PHONY: help demo test setup build lint format docs wheel clean
+.PHONY: help demo check test test-slow setup build lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,12 +34,24 @@ help:
 demo: setup
 	$(BIN)/bitlab demo --output demo-output
 
-# Both suites run, also where the first one fails.
+# run_tests(options of ctest, options of pytest): both suites run, even if the first one fails.
+define run_tests
+@status=0; \
+ctest --test-dir $(BUILD) --parallel $(JOBS) --output-on-failure $(1) || status=1; \
+$(BIN)/python -m pytest $(2) || status=1; \
+exit $$status
+endef
+WORKERS = --numprocesses $(JOBS) --maxprocesses 8 --dist worksteal
+
+check: setup
+	$(call run_tests,--label-exclude 'medium|slow',-m 'not medium and not slow' $(WORKERS))
+
 test: setup
-	@status=0; \
-	ctest --test-dir $(BUILD) --parallel $$(nproc) --output-on-failure || status=1; \
-	$(BIN)/python -m pytest || status=1; \
-	exit $$status
+	$(call run_tests,--label-exclude slow,-m 'not slow' $(WORKERS))
+
+# One process of pytest: its tests build, and a build takes all cores.
+test-slow: setup
+	$(call run_tests,--label-regex slow,-m slow)
 
 setup: $(DONE)/package build
 

@@ -667,10 +667,11 @@ print(json.dumps(found))
 def with_environment(value: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "BITLAB_KERNEL": value, "PYTHONPATH": str(ROOT / "python")}
     return subprocess.run(
-        [sys.executable, "-c", ENVIRONMENT], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", ENVIRONMENT], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
+@pytest.mark.medium
 def test_environment_variable_that_names_two_kernels() -> None:
     done = with_environment("Int8PortableKernel,Float32PortableKernel")
     assert done.returncode == 0, done.stderr
@@ -682,6 +683,7 @@ def test_environment_variable_that_names_two_kernels() -> None:
     }
 
 
+@pytest.mark.medium
 def test_environment_variable_that_covers_half() -> None:
     done = with_environment("Int8PortableKernel")
     assert done.returncode == 0, done.stderr
@@ -695,6 +697,7 @@ def test_environment_variable_that_covers_half() -> None:
         assert "activation_dtype='float32'" in message
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("value", ["Int9Kernel", "Int8PortableKernel,Int8Kernel"])
 def test_environment_variable_that_is_wrong(value: str) -> None:
     """Refused when it is read or when it is used, but never ignored."""

@@ -173,6 +173,7 @@ def test_shapes(kernel: str, m: int, n: int, k: int) -> None:
         check(kernel, case, schema)
 
 
+@pytest.mark.medium
 def test_activations_beyond_a_cache(kernel: str) -> None:
     """5 MB of int8 activations, 20 MB of float32 ones: more than kernels pack at a time."""
     for schema in schemas_of(kernel)[::2]:
@@ -336,6 +337,7 @@ def test_sums_that_are_no_float32(int8_kernel: str) -> None:
     check(int8_kernel, case, schema)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("k", [528_415, 1_060_001])
 @pytest.mark.parametrize("m", [1, 13])
 def test_k_where_shifted_sums_overflow(int8_kernel: str, m: int, k: int) -> None:
@@ -349,6 +351,7 @@ def test_k_where_shifted_sums_overflow(int8_kernel: str, m: int, k: int) -> None
     assert_same_bits(y, np.repeat(expected[None, :], m, axis=0).astype(np.float32), "float32")
 
 
+@pytest.mark.medium
 def test_largest_k(int8_kernel: str) -> None:
     k = 2**24 - 1
     x, weight = torch.full((1, 1), -2.0).expand(1, k), torch.ones(1, 1).expand(1, k)
@@ -408,6 +411,7 @@ def test_weight_that_is_not_finite_in_training(kernel: str, value: float) -> Non
 WIDE_SHAPES = [(1, 4100, 1025), (5, 900, 1300), (70, 530, 257), (3000, 33, 64), (13, 1, 500_001), (160, 275, 1100)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(("m", "n", "k"), WIDE_SHAPES)
 def test_thread_count_changes_no_bit(kernel: str, m: int, n: int, k: int) -> None:
     for activation_dtype in ("int8", "float32"):
@@ -567,6 +571,7 @@ def test_prepared_bytes(m: int, n: int, k: int) -> None:
     assert np.array_equal(oracle.unpack(to_bytes(qweight), k), codes)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("n", [1, 3, 513])
 @pytest.mark.parametrize("k", [4095, 4096, 4097, 8209])
 def test_weight_scale_is_summed_in_the_fixed_order(n: int, k: int) -> None:
@@ -580,6 +585,7 @@ def test_weight_scale_is_summed_in_the_fixed_order(n: int, k: int) -> None:
             assert_same_bits(scale, oracle.weight_scale(weight, schema), "float32", "qweight_scale")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("places", "survive"),
     [
@@ -642,6 +648,7 @@ def linears(draw: st.DrawFn) -> tuple[Linear, Schema]:
     return linear_of(arrays[0], arrays[1], bias, dtype), schema
 
 
+@pytest.mark.medium
 @given(linears())
 def test_any_linear(case: tuple[Linear, Schema]) -> None:
     """Every kernel that runs here, on one drawn case."""

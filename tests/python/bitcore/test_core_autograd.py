@@ -144,6 +144,7 @@ def test_a_float32_gradient_is_multiplied_in_float32_also_inside_autocast() -> N
 SIZES = [(1, 1, 1), (5, 19, 37), (257, 3, 5), (40, 33, 129), (3, 2700, 407), (2, 6007, 401), (13000, 2, 357)]
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS[::3], ids=id_of)

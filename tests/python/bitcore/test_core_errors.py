@@ -150,6 +150,7 @@ def test_an_operator_of_another_device_refuses_native_kernels() -> None:
         _ops.torch_bitlinear_train(layer.x, layer.weight, None, *PER_TOKEN.flags, None, "Int8PortableKernel")
 
 
+@pytest.mark.medium
 def test_compiled_code_raises_the_same_text() -> None:
     torch.compiler.reset()
     layer = make_layer(5)

@@ -103,6 +103,7 @@ def test_a_layer_takes_either_layout() -> None:
     assert torch.equal(inputs.grad, again.grad)  # type: ignore[arg-type]
 
 
+@pytest.mark.medium
 def test_every_byte_above_242_is_refused() -> None:
     codes = torch.zeros(1, 80, dtype=torch.int8)
     for place in range(16):

@@ -142,6 +142,7 @@ def _packed() -> Tensor:
 # ---- opcheck ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [*((config, torch.float32) for config in CONFIGS), (PER_TOKEN, torch.bfloat16), (PER_TOKEN, torch.float16)],
@@ -162,6 +163,7 @@ def test_opcheck_of_the_layer(config: BitQuantConfig, dtype: torch.dtype) -> Non
         opcheck(training, (x, weight, bias, *config.flags))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_opcheck_of_the_base_operations(per_channel: bool) -> None:
     x, weight, _ = make_layer(2, 3)

@@ -465,6 +465,7 @@ def test_check_kernel_finds_a_wrong_kernel() -> None:
         check_kernel(Doubled)
 
 
+@pytest.mark.medium
 def test_compiled_code_follows_the_registry() -> None:
     torch.compiler.reset()
     layer = make_layer(5)
@@ -520,6 +521,7 @@ def _with_variable(value: str) -> list[Any]:
     return list(json.loads(done.stdout))
 
 
+@pytest.mark.medium
 def test_the_variable_governs_inference_and_training() -> None:
     results = _with_variable("ReferenceKernel")
     assert all(isinstance(result, list) and result[0] == "ReferenceKernel" for result in results)
@@ -528,12 +530,14 @@ def test_the_variable_governs_inference_and_training() -> None:
     assert _with_variable("TorchKernel") == [["TorchKernel", -1]] * 4
 
 
+@pytest.mark.medium
 def test_the_variable_names_one_kernel_for_each_activation_dtype() -> None:
     int8, _, float32, _ = _with_variable("Int8PortableKernel, Float32PortableKernel")
     assert int8[0] == "Int8PortableKernel"
     assert float32[0] == "Float32PortableKernel"
 
 
+@pytest.mark.medium
 def test_a_call_that_no_named_kernel_covers() -> None:
     int8, _, float32, _ = _with_variable("Float32PortableKernel")
     assert isinstance(int8, str)

@@ -15,6 +15,8 @@ import torch
 
 from bitcore import _library
 
+pytestmark = pytest.mark.medium
+
 LOAD_EACH = """
 import json
 import sys
@@ -44,7 +46,7 @@ def run_python(*arguments: str, path: Path | None = None) -> subprocess.Complete
     """A new interpreter, which may come to grief without us. `path` comes before everything installed."""
     environment = {**os.environ, "PYTHONPATH": str(path or Path(_library.__file__).parents[1])}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
 
 
 def load_each(files: list[Path]) -> list[str]:
@@ -103,7 +105,7 @@ def test_of_another_platform(tmp_path: Path) -> None:
 def test_what_this_torch_does_not_have(tmp_path: Path) -> None:
     source, file = tmp_path / "later.cc", tmp_path / "later.so"
     source.write_text('extern "C" void torch_of_the_future();\nvoid call() { torch_of_the_future(); }\n')
-    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(file)], check=True, timeout=60)
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(file)], check=True, timeout=600)
     (message,) = load_each([file])
     assert message == (
         f"bitcore's compiled operators do not fit this system or torch {torch.__version__} "

@@ -20,6 +20,8 @@ from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear, deploy
 from core_helpers import CONFIGS, PER_TOKEN, id_of, make_layer
 
+pytestmark = pytest.mark.medium
+
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 ROWS = (7, 2, 33, 5, 64)
 

@@ -16,6 +16,8 @@ from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear, deploy
 from core_helpers import CONFIGS, PER_TOKEN, id_of
 
+pytestmark = pytest.mark.medium
+
 STATES = ("training", "evaluation", "deployed")
 ROWS = (0, 1, 2, 9, 64)
 
@@ -64,7 +66,7 @@ def export(model: nn.Module, path: Path, *, strict: bool) -> Exported:
 
 def run_elsewhere(folder: Path) -> None:
     command = [sys.executable, "-c", OTHER_PROCESS, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
 
 

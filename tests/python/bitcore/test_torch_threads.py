@@ -19,6 +19,7 @@ from bitlayers import BitLinear, deploy
 from core_helpers import CONFIGS, PER_TOKEN, id_of
 from support import torch_threads
 
+pytestmark = pytest.mark.medium
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 THREADS, REPEATS = 6, 4
 Result = TypeVar("Result")

@@ -74,6 +74,7 @@ def test_make_alone_explains_itself() -> None:
     assert all(f"make {target} " in done.stdout for target in ("demo", "test", "setup", "build", "wheel"))
 
 
+@pytest.mark.medium
 def test_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "bitlab", "--version"],

@@ -20,6 +20,7 @@ from bitlab.times import Spread, format_spread, format_us, spread
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.medium
 def test_one_seed_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--seeds", "1", "--skip-timing", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
@@ -33,6 +34,7 @@ def test_one_seed_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert str(tmp_path / "demo.png") in capsys.readouterr().out.replace("\n", "")
 
 
+@pytest.mark.medium
 def test_an_untrained_network_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "--seeds", "1", "--epochs", "1", "--skip-timing", "--output", str(tmp_path)]) == 1
     assert "FAILED" in capsys.readouterr().out
@@ -50,6 +52,7 @@ def missing_program(*_: object) -> tuple[torch.Tensor, str]:
     raise BitLabError("the C++ program is missing")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("replacement", [other_bits, missing_program])
 def test_a_cpp_program_that_differs_or_is_missing_fails(
     replacement: Callable[..., tuple[torch.Tensor, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,8 @@ from bitlayers import BitLinear
 from layer_helpers import STATES, evaluate, layer_in, make_x
 from support import same_bits
 
-TIMEOUT_S = 120
+pytestmark = pytest.mark.medium
+TIMEOUT_S = 600
 
 
 class Outputs(Dataset[Tensor]):

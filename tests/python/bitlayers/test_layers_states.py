@@ -1075,6 +1075,7 @@ def test_forwards_beside_replacements_see_one_weight_or_the_other(x: Tensor) -> 
 # --- compiled in place ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 def test_a_layer_compiled_in_place_goes_through_its_states(x: Tensor) -> None:
     layer = layer_in("training")
     expected = layer(x).detach()

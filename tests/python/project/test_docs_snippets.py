@@ -46,16 +46,18 @@ def test_there_are_snippets_in_both_languages() -> None:
     assert snippets("cpp")
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("snippet", snippets("python"), ids=str)
 def test_python_snippet(snippet: Snippet, tmp_path: Path) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(snippet.code)
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=600, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("snippet", snippets("cpp"), ids=str)
 def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
     if is_example(snippet) or is_kernel_of_guide(snippet):
@@ -68,8 +70,8 @@ def test_cpp_snippet(snippet: Snippet, tmp_path: Path) -> None:
     source, program = tmp_path / "snippet.cc", tmp_path / "snippet"
     source.write_text(snippet.code)
     command = ["g++", "-std=c++20", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(source)]
-    subprocess.run([*command, str(ENGINE), "-pthread", "-o", str(program)], check=True, timeout=300)
-    subprocess.run([str(program)], check=True, timeout=60)
+    subprocess.run([*command, str(ENGINE), "-pthread", "-o", str(program)], check=True, timeout=600)
+    subprocess.run([str(program)], check=True, timeout=600)
 
 
 def is_example(snippet: Snippet) -> bool:

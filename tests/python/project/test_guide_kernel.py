@@ -74,6 +74,7 @@ def test_a_diff_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
         apply("```diff\n--- a.h\n two\n one\n+more\n```\n", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is missing")
 def test_the_kernel_of_the_guide_passes_the_kernel_tests(tmp_path: Path) -> None:
     copy_tree(tmp_path)

@@ -26,13 +26,14 @@ README_SNIPPETS = [snippet for snippet in snippets("python") if snippet.page.nam
 LIBRARY = "bitcore/lib/libbitcore_torch.so"
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux"),
     pytest.mark.skipif(shutil.which("make") is None, reason="make is missing"),
     pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are missing"),
 ]
 
 
-def run(command: list[str], folder: Path, timeout: float = 120) -> str:
+def run(command: list[str], folder: Path, timeout: float = 600) -> str:
     """What a command prints; it sees no PYTHONPATH and does not stand in the tree."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
