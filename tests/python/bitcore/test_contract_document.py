@@ -27,7 +27,6 @@ from support import (
     assert_forward,
     assert_same_bits,
     config_of,
-    covers,
     make_linear,
     to_array,
     to_bytes,
@@ -293,17 +292,6 @@ def test_registry_snippet_of_float32_activations_names_the_misfit() -> None:
     config = BitQuantConfig(activation_dtype="float32")
     with pytest.raises(KernelNotFoundError, match=r"Int8Kernel.*float32"):
         SNIPPETS["KernelRegistry 0"].run(config=config)
-
-
-def test_best_kernel_computes_every_config(schema: Schema, dtype: str) -> None:
-    config = config_of(schema)
-    kernel = KernelRegistry.get_kernel_for_config(config)
-    assert kernel.quant_config == config
-    assert covers(kernel.name, schema)
-    assert kernel.is_compatible_with(config) is True
-    case = make_linear(3, 19, 35, dtype, seed=65)
-    scale, qweight = kernel.prepare_weights(case.weight, config)
-    assert_forward(kernel(case.x, scale, qweight, case.bias, config), *case.arrays, schema, dtype)
 
 
 def test_registry_has_the_methods_of_the_document() -> None:

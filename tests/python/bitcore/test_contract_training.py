@@ -302,19 +302,6 @@ def test_gradients_of_expanded_dy(schema: Schema) -> None:
         assert largest_error(leaf.grad, gradient) < 1e-5
 
 
-def test_second_derivatives_are_refused() -> None:
-    case = make_linear(3, 5, 7, seed=47)
-    leaves = require_grad(case)
-    y = train_forward(case, Schema())
-
-    def second() -> None:
-        (first,) = torch.autograd.grad(y.square().sum(), leaves[:1], create_graph=True)
-        torch.autograd.grad(first.square().sum(), leaves[:2])
-
-    with pytest.raises(RuntimeError):
-        second()
-
-
 def test_fake_quantization_is_straight_through(schema: Schema) -> None:
     case = make_linear(9, 17, 33, seed=48)
     x, weight, _ = case.arrays

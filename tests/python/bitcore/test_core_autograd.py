@@ -12,7 +12,7 @@ from bitcore.kernels import KernelRegistry
 from bitcore.ops import _ops, _torch_ops, base, bitlinear
 from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear
-from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer, plain_step
+from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer
 
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 
@@ -26,54 +26,6 @@ def _close(ours: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
     assert (ours.double() - expected.double()).abs().max() <= relative * expected.double().abs().max()
 
 
-@pytest.mark.parametrize("kernel", ["native", "TorchKernel"])
-@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 3), (0,)], ids=str)
-@all_configs
-def test_training_gradients_are_those_of_plain_pytorch(
-    config: BitQuantConfig, leading: tuple[int, ...], kernel: str
-) -> None:
-    ours, plain = _leaves(make_layer(*leading)), _leaves(make_layer(*leading))
-    dy = torch.randn(*leading, 19, generator=torch.Generator().manual_seed(1))
-    with KernelRegistry.forced(*(["TorchKernel"] if kernel == "TorchKernel" else [])):
-        y = bitlinear.forward(ours.x, ours.weight, bias=ours.bias, quant_config=config, training=True)
-    y.backward(dy)
-    if leading == (0,):
-        assert all(not leaf.grad.any() for leaf in ours if leaf.grad is not None)
-        return
-    expected = plain_step(plain, config)
-    expected.backward(dy.double())
-    _close(y, expected)
-    for leaf, reference in zip(ours, plain, strict=True):
-        assert leaf.grad is not None
-        assert reference.grad is not None
-        _close(leaf.grad, reference.grad)
-
-
-@all_configs
-def test_inference_gives_x_and_bias_their_gradients(config: BitQuantConfig) -> None:
-    layer = _leaves(make_layer(2, 3))
-    scale, qweight = bitlinear.prepare_weights(layer.weight, config)
-    codes = base.quantize_weight(layer.weight, scale, config)
-    dy = torch.randn(2, 3, 19)
-    for form in (qweight, codes):
-        y = bitlinear.forward(layer.x, qweight_scale=scale, qweight=form, bias=layer.bias, quant_config=config)
-        dx, dbias = torch.autograd.grad(y, (layer.x, layer.bias), dy)
-        _close(dx, dy @ base.dequantize_weight(codes, scale, config))
-        _close(dbias, dy.sum((0, 1)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("bias_dtype", DTYPES, ids=str)
-def test_gradients_have_their_argument_dtype(dtype: torch.dtype, bias_dtype: torch.dtype) -> None:
-    layer = make_layer(4)
-    leaves = [layer.x.to(dtype), layer.weight, layer.bias.to(bias_dtype)]
-    x, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
-    bitlinear.forward(x, weight, bias=bias, quant_config=PER_TOKEN, training=True).sum().backward()
-    for leaf in (x, weight, bias):
-        assert leaf.grad is not None
-        assert leaf.grad.dtype == leaf.dtype
-
-
 def test_only_what_asks_for_a_gradient_gets_one() -> None:
     layer = make_layer(4)
     weight = layer.weight.clone().requires_grad_()
@@ -84,15 +36,6 @@ def test_only_what_asks_for_a_gradient_gets_one() -> None:
     assert not bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True).requires_grad
     with torch.no_grad():
         assert not bitlinear.forward(layer.x, weight, quant_config=PER_TOKEN, training=True).requires_grad
-
-
-def test_training_alone_decides_the_mode() -> None:
-    layer = _leaves(make_layer(4))
-    scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
-    with torch.no_grad():
-        trained = bitlinear.forward(layer.x, layer.weight, scale * 2, qweight, None, PER_TOKEN, True)
-    inferred = bitlinear.forward(layer.x, layer.weight * 2, scale, qweight, None, PER_TOKEN, False)
-    assert_same_bits(trained, inferred.detach())
 
 
 @all_configs

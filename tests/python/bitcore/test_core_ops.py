@@ -47,82 +47,7 @@ def test_base_operations_have_the_same_bits(shape: tuple[int, int], per_channel:
         assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("per_channel", [False, True])
-def test_values_that_are_not_finite(value: float, per_channel: bool) -> None:
-    weight = make_layer().weight
-    weight[3, 5] = value
-    for scale_of in (_ops.compute_weight_scale, _torch_ops.compute_weight_scale):
-        scale = scale_of(weight, per_channel)
-        assert torch.equal(scale.isnan().nonzero().flatten(), torch.tensor([3]) if per_channel else torch.tensor([]))
-        codes = _ops.quantize_weight(weight, scale, per_channel)
-        assert not codes[3 if per_channel else slice(None)].any()
-    for x_scale_of in (_ops.compute_x_scale, _torch_ops.compute_x_scale):
-        x_scale = x_scale_of(weight, True, per_channel)
-        assert x_scale.isnan().sum() == 1
-        assert not _ops.quantize_x(weight, x_scale, per_channel)[3].any()
-
-
-@given(
-    out_features=st.integers(1, 70),
-    in_features=st.integers(1, 200),
-    rows=st.integers(0, 9),
-    config=st.sampled_from(CONFIGS),
-    dtype=st.sampled_from(DTYPES),
-    magnitude=st.sampled_from([1e-42, 1e-6, 1.0, 1e30]),
-    has_bias=st.booleans(),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_layer_has_the_same_bits(
-    out_features: int,
-    in_features: int,
-    rows: int,
-    config: BitQuantConfig,
-    dtype: torch.dtype,
-    magnitude: float,
-    has_bias: bool,
-    seed: int,
-) -> None:
-    layer = make_layer(rows, out_features=out_features, in_features=in_features, seed=seed)
-    x, bias = (layer.x * magnitude).to(dtype), layer.bias if has_bias else None
-    y, *saved = _ops.bitlinear_train(x, layer.weight, bias, *config.flags)
-    plain_y, *plain_saved = _ops.torch_bitlinear_train(x, layer.weight, bias, *config.flags)
-    for ours, plain in zip(saved, plain_saved, strict=True):
-        assert torch.equal(ours.nan_to_num(), plain.nan_to_num())
-    scale, qweight = _ops.prepare_weights(layer.weight, config.flags[0])
-    assert_same_bits(_ops.bitlinear(x, scale, qweight, bias, *config.flags), y)
-    assert_same_bits(_ops.torch_bitlinear(x, scale, qweight, bias, *config.flags), plain_y)
-    if config.activation_dtype == "int8":
-        assert_same_bits(y, plain_y)
-    else:
-        torch.testing.assert_close(y, plain_y, equal_nan=True)
-
-
-@pytest.mark.parametrize("in_features", [131_071, 131_072, 262_143])
-def test_torch_kernel_is_exact_where_float32_sums_are_not(in_features: int) -> None:
-    x = torch.full((1, in_features), -1.0)
-    x[0, -1] = 0.9999  # code 127: the sum is odd
-    codes = torch.ones(2, in_features, dtype=torch.int8)
-    y = _ops.torch_bitlinear(x, torch.ones(()), codes, None, False, True, False)
-    qx = _ops.quantize_x(x, _ops.compute_x_scale(x, True, False), False)
-    total = torch.tensor(int(qx.long().sum()), dtype=torch.int32).float()
-    assert torch.equal(y, (total * (torch.ones(()) / torch.tensor(127.0))).expand(1, 2))
-    assert_same_bits(_ops.bitlinear(x, torch.ones(()), codes, None, False, True, False), y)
-
-
 # ---- packing ---------------------------------------------------------------------------------------------------------
-
-
-@given(out_features=st.integers(1, 70), in_features=st.integers(1, 100), seed=st.integers(0, 2**32 - 1))
-def test_packing_is_the_same_everywhere_and_inverse(out_features: int, in_features: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(-1, 2, (out_features, in_features), generator=generator).to(torch.int8)
-    packed = base.pack_weights(codes)
-    assert packed.shape == (out_features, 4 * -(-in_features // 16) + -(-64 // out_features))
-    assert torch.equal(packed, _torch_ops.pack_weights(codes))
-    assert torch.equal(base.unpack_weights(packed, in_features), codes)
-    assert torch.equal(_torch_ops.unpack_weights(packed, in_features), codes)
-    assert torch.equal(base.repack(packed, in_features, "2bit"), packed)
 
 
 @given(position=st.integers(0, 10**6), flip=st.integers(1, 255))
@@ -212,27 +137,6 @@ def test_values_that_are_wrong_give_nan_where_raising_would_synchronize(monkeypa
     invalid = qweight.clone()
     invalid.view(-1)[7] |= 3
     assert run(layer.x, scale, invalid, None, *PER_TOKEN.flags).isnan().all()
-
-
-@all_configs
-def test_autocast_decides_the_output_dtype_alone(config: BitQuantConfig) -> None:
-    layer = make_layer(4)
-    scale, qweight = bitlinear.prepare_weights(layer.weight, config)
-
-    def both_modes() -> list[Tensor]:
-        return [
-            bitlinear.forward(layer.x, layer.weight, bias=layer.bias, quant_config=config, training=True),
-            bitlinear.forward(layer.x, None, scale, qweight, layer.bias, config),
-        ]
-
-    wide = both_modes()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        narrow = both_modes()
-        plain = _ops.torch_bitlinear(layer.x, scale, qweight, layer.bias, *config.flags)
-    for y, expected in zip(narrow, wide, strict=True):
-        assert_same_bits(y, expected.to(torch.bfloat16))
-    assert plain.dtype == torch.float32
-    torch.testing.assert_close(plain, wide[1])
 
 
 # ---- the shared object -----------------------------------------------------------------------------------------------

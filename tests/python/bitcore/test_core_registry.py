@@ -18,7 +18,7 @@ from torch.library import opcheck
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
-from bitcore.kernels.builtin import BUILTIN_KERNELS, CPU_FEATURES, FAMILY_NAMES, tile_calls
+from bitcore.kernels.builtin import BUILTIN_KERNELS, FAMILY_NAMES, tile_calls
 from bitcore.kernels.registry import STATE
 from bitcore.ops import _ops, base, bitlinear
 from bitcore.testing import assert_same_bits, check_kernel
@@ -122,14 +122,6 @@ def _infer(config: BitQuantConfig = PER_TOKEN) -> Tensor:
 @pytest.mark.parametrize("kernel", SUPPORTED, ids=lambda kernel: kernel.name)
 def test_every_built_in_kernel_keeps_the_contract(kernel: BitKernelBase) -> None:
     check_kernel(kernel)
-
-
-def test_list_of_kernels() -> None:
-    names = KernelRegistry.list_available_kernels()
-    assert {"Int8Kernel", "Float32Kernel", "ReferenceKernel", "TorchKernel"} <= set(names)
-    assert names[-1] == "TorchKernel"
-    assert all(FAMILY_NAMES[family] in names for family in ("Int8Kernel", "Float32Kernel"))
-    assert isinstance(CPU_FEATURES, list)
 
 
 @all_configs
@@ -544,4 +536,5 @@ def test_a_call_that_no_named_kernel_covers() -> None:
     assert "BITLAB_KERNEL" in int8
     assert "activation_dtype='int8'" in int8
     assert float32[0] == "Float32PortableKernel"
-    assert all("BITLAB_KERNEL" in str(result) for result in _with_variable("Int9Kernel"))
+    for wrong in ("Int9Kernel", "Int8PortableKernel,Int8Kernel"):
+        assert all("BITLAB_KERNEL" in str(result) for result in _with_variable(wrong)[:2])

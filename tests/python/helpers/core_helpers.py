@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from bitcore.config import BitQuantConfig, all_configs
 
@@ -38,19 +37,3 @@ def make_layer(
     weight = torch.randn(out_features, in_features, generator=generator)
     bias = torch.randn(out_features, generator=generator)
     return Layer(x.to(dtype), weight.to(dtype), bias.to(dtype))
-
-
-def plain_step(layer: Layer, config: BitQuantConfig) -> Tensor:
-    """The straight-through forward of BitNet b1.58 in PyTorch's own operations, in float64 where sums are taken."""
-    weight, x = layer.weight.float(), layer.x.float()
-    magnitude = weight.detach().double().abs()
-    mean = magnitude.mean(1, keepdim=True) if config.weight_granularity == "per_channel" else magnitude.mean()
-    w_scale = mean.float().clamp(min=1e-5)
-    codes = (weight.detach() / w_scale).round().clamp(-1, 1)
-    weight = weight + (codes * w_scale - weight).detach()
-    if config.activation_dtype == "int8":
-        absmax = x.detach().abs()
-        absmax = absmax.amax(-1, keepdim=True) if config.activation_granularity == "per_channel" else absmax.amax()
-        x_scale = absmax.clamp(min=1e-5) / torch.tensor(127.0)
-        x = x + ((x.detach() / x_scale).round().clamp(-128, 127) * x_scale - x).detach()
-    return functional.linear(x.double(), weight.double(), layer.bias.double())
