@@ -2,11 +2,11 @@
 #
 #   make demo     trains, packs, saves and runs a ternary network; checks every claim; draws demo-output/demo.png
 #
-# Three lanes of tests, each a part of the next; times on two idle cores, after the build:
+# Three lanes of tests; times on two idle cores, after the build:
 #
-#   make check      the quick C++ and Python tests, for every change: 90 seconds
-#   make test       all C++ and Python tests: 8 minutes
-#   make test-slow  sanitizers, fuzzing, emulated CPUs, the wheel, the guide's kernel: 8 minutes
+#   make check      the quick C++ and Python tests, for every change: about 70 seconds
+#   make test       all C++ and Python tests: about 5 minutes
+#   make test-slow  sanitizers, fuzzing, emulated CPUs, the wheel, the guide's kernel: about 10 minutes
 #
 #   make setup    .venv with all that is needed, and the build
 #   make build    compiles what has changed
