@@ -34,8 +34,7 @@ struct Op<function> {
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
 // its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating, and the
 // weight packed, as int8 codes, or floating as it was quantized with qweight_scale; a gradient whose dtype is None is
-// not computed, and has no elements. measure_multiply_adds and measure_read return operations and bytes per second,
-// measure_round_trip seconds.
+// not computed, and has no elements.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
@@ -68,10 +67,6 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("straight_through(Tensor value, Tensor source) -> Tensor");
   m.def("list_kernels() -> str");
   m.def("kernel_tile_calls(str kernel) -> int");
-  m.def("list_limits() -> str");
-  m.def("measure_multiply_adds(str name, int rounds) -> float");
-  m.def("measure_read(Tensor bytes, int streams, int repeats) -> float");
-  m.def("measure_round_trip(int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
@@ -89,15 +84,11 @@ STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
   m.impl("bitlinear", TORCH_BOX(&Op<bitlinear>::call));
   m.impl("bitlinear_train", TORCH_BOX(&Op<bitlinear_train>::call));
   m.impl("bitlinear_backward", TORCH_BOX(&Op<bitlinear_backward>::call));
-  m.impl("measure_read", TORCH_BOX(&Op<measure_read>::call));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bitcore, CompositeExplicitAutograd, m) {
   m.impl("list_kernels", TORCH_BOX(&Op<list_kernels>::call));
   m.impl("kernel_tile_calls", TORCH_BOX(&Op<kernel_tile_calls>::call));
-  m.impl("list_limits", TORCH_BOX(&Op<list_limits>::call));
-  m.impl("measure_multiply_adds", TORCH_BOX(&Op<measure_multiply_adds>::call));
-  m.impl("measure_round_trip", TORCH_BOX(&Op<measure_round_trip>::call));
 }
 
 }  // namespace

@@ -54,10 +54,4 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
 std::string list_kernels();
 std::int64_t kernel_tile_calls(StringArgument kernel);
 
-// limit_ops.cc
-std::string list_limits();
-double measure_multiply_adds(StringArgument name, std::int64_t rounds);
-double measure_read(const Tensor& bytes, std::int64_t streams, std::int64_t repeats);
-double measure_round_trip(std::int64_t repeats);
-
 }  // namespace bitcore::torch_ops

@@ -1,6 +1,5 @@
 """What this machine can do at most, measured in turns with everything else, and which part of it bounds whom."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +10,17 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.builtin import BUILTIN_KERNELS
+from bitlab.bench.limits_library import (
+    STREAMS,
+    measure_multiply_adds,
+    measure_read,
+    measure_round_trip,
+    multiply_adds,
+)
 
 READ = "memory read"
 READ_IN_CACHE = "cache read"
 ROUND_TRIP = "cache line round trip"  # Bounds nobody, but tells which cache the cores share.
-STREAMS = (1, 2, 4, 8)  # Which one reads fastest depends on the machine: the limit is the best of them.
 STEP_BYTES = 256  # That a stream reads at once: smaller weights are repeated until there is one for every stream.
 READ_BYTES = 64 * 2**20  # Of one measurement: milliseconds, beside which the start of a thread is little.
 SMALL_BYTES = 2**18  # A smaller weight is read as often as makes more: otherwise the start of a thread is most of it.
@@ -87,7 +92,7 @@ def bound(weight_bytes: int, operations: float, gb_per_s: float, gops: float) ->
 
 def supported_paths() -> list[str]:
     """The multiply-adds that this CPU has."""
-    return [entry["name"] for entry in json.loads(torch.ops.bitcore.list_limits()) if entry["supported"]]
+    return [loop.name for loop in multiply_adds().values() if loop.supported]
 
 
 def best_path(family: str) -> str:
@@ -108,15 +113,11 @@ def kernel_path(kernel: BitKernelBase, config: BitQuantConfig) -> str:
 def peak_sampler(path: str) -> Callable[[], list[float]]:
     """Measures the peak of all of torch's threads together, in GOPS."""
     probe = 1000
-    torch.ops.bitcore.measure_multiply_adds(path, probe)
-    operations = _operations_of_a_round(path)
-    per_second = torch.ops.bitcore.measure_multiply_adds(path, probe)
+    measure_multiply_adds(path, probe)
+    operations = multiply_adds()[path].operations
+    per_second = measure_multiply_adds(path, probe)
     rounds = max(probe, int(per_second / torch.get_num_threads() / operations * PEAK_SECONDS))
-    return lambda: [torch.ops.bitcore.measure_multiply_adds(path, rounds) / 1e9 for _ in range(PEAK_SAMPLES)]
-
-
-def _operations_of_a_round(path: str) -> int:
-    return next(entry["operations"] for entry in json.loads(torch.ops.bitcore.list_limits()) if entry["name"] == path)
+    return lambda: [measure_multiply_adds(path, rounds) / 1e9 for _ in range(PEAK_SAMPLES)]
 
 
 def round_trip_sampler() -> Callable[[], list[float]] | None:
@@ -130,7 +131,7 @@ def round_trip_sampler() -> Callable[[], list[float]] | None:
 
 
 def _round_trip() -> list[float]:
-    seconds = torch.ops.bitcore.measure_round_trip(ROUND_TRIP_REPEATS)
+    seconds = measure_round_trip(ROUND_TRIP_REPEATS)
     return [seconds * 1e9] if math.isfinite(seconds) else []
 
 
@@ -147,7 +148,7 @@ def read_sampler(data: Tensor) -> Callable[[], list[float]]:
     repeats = 1 + READ_BYTES // flat.numel()
 
     def sample() -> list[float]:
-        return [max(torch.ops.bitcore.measure_read(copy, count, repeats) for count, copy in copies.items()) / 1e9]
+        return [max(measure_read(copy, count, repeats) for count, copy in copies.items()) / 1e9]
 
     return sample
 
@@ -170,6 +171,6 @@ def weight_read_samplers(copies: Tensor, turn: Iterator[int]) -> dict[int, Calla
     reads = max(1, min(20, TURN_BYTES // (size * repeats)))
 
     def sampler(count: int) -> Callable[[], list[float]]:
-        return lambda: [torch.ops.bitcore.measure_read(flat[next(turn)], count, repeats) / 1e9 for _ in range(reads)]
+        return lambda: [measure_read(flat[next(turn)], count, repeats) / 1e9 for _ in range(reads)]
 
     return {count: sampler(count) for count in streams}
