@@ -1,0 +1,3 @@
+#include "first/first.h"
+
+int first() { return 1; }

@@ -1,0 +1,5 @@
+#pragma once
+
+#include "first/first.h"
+
+int second();

@@ -1,0 +1,3 @@
+#include "second/second.h"
+
+int second() { return first() + 1; }

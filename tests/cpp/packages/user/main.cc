@@ -1,0 +1,3 @@
+#include "second/second.h"
+
+int main() { return first() == 1 && second() == 2 ? 0 : 1; }
