@@ -1,5 +1,6 @@
 """BitLab's core: ternary (1.58-bit) linear layers for training and inference."""
 
+from bitcore import _requirements as _requirements
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, FileError, KernelNotFoundError, QuantizationError, StateError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel

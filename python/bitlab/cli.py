@@ -1,17 +1,19 @@
 """The commands and their arguments."""
 
 import argparse
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
-from bitcore.exceptions import BitLabError
 from bitlab import __version__
 from bitlab.bench.options import UsageError, add_arguments, to_options
 
 PIPE_WIDTH = 120  # Of tables that go into a file or a pipe.
+MISSING_TORCH = """torch is not installed: run `pip install "bitlab[torch]"`"""
 MISSING_EXTRAS = "the demo needs scikit-learn and matplotlib: pip install 'bitlab[demo]'"
 
 
@@ -44,10 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_info(arguments: argparse.Namespace, console: Console) -> int:
     """`bitlab info`."""
+    if find_spec("torch") is None:
+        print_without_torch(console)
+        return 0
     from bitlab.info import print_info
 
     print_info(console)
     return 0
+
+
+def print_without_torch(console: Console) -> None:
+    """What there is to know about an installation that cannot compute."""
+    lines = (f"bitlab {__version__}", MISSING_TORCH, f"processor: {platform.machine()}")
+    console.print("\n".join(lines), highlight=False, markup=False)
 
 
 def run_demo(arguments: argparse.Namespace, console: Console) -> int:
@@ -86,6 +97,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"bitlab: {error}", file=sys.stderr)
         return 2
-    except (BitLabError, OSError) as error:
+    except ImportError as error:
+        if error.name not in ("torch", "bitcore"):
+            raise
+        print(f"bitlab: {MISSING_TORCH if error.name == 'torch' else error}", file=sys.stderr)
+        return 1
+    except _expected_errors() as error:
         print(f"bitlab: {error}", file=sys.stderr)
         return 1
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """OSError, and BitLabError if bitcore has been imported: without torch it cannot be."""
+    exceptions = sys.modules.get("bitcore.exceptions")
+    return (OSError, exceptions.BitLabError) if exceptions else (OSError,)

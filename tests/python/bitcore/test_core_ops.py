@@ -152,7 +152,9 @@ def test_shared_object_uses_the_stable_abi_only() -> None:
 
 def test_missing_shared_object_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "PATH", _library.PATH.with_name("missing.so"))
-    with pytest.raises(ImportError, match=r"missing\.so\): run `make build`") as caught:
+    with pytest.raises(
+        ImportError, match=r"^bitcore's torch operators have not been built \(.*missing\.so\): run `make build`$"
+    ) as caught:
         _library.load()
     assert "\n" not in str(caught.value)
 

@@ -85,3 +85,21 @@ def test_as_a_module() -> None:
     )
     assert done.returncode == 0
     assert done.stdout.strip() == f"bitlab {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "answer"),
+    [
+        (["--version"], 0, f"bitlab {__version__}"),
+        (["info"], 0, "torch is not installed: run `pip install"),
+        (["bench"], 1, "torch is not installed: run `pip install"),
+        (["demo"], 1, "torch is not installed: run `pip install"),
+    ],
+)
+def test_without_torch(arguments: list[str], code: int, answer: str) -> None:
+    program = "import sys; sys.modules['torch'] = None; from bitlab.cli import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+    assert answer in done.stdout + done.stderr
