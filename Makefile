@@ -76,10 +76,10 @@ docs: setup
 	cmake --build $(BUILD) --target docs
 
 wheel: setup
-	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir $(DIST) .
+	scripts/build-wheel.sh $(BIN)/python $(DIST)
 
 clean:
-	rm -rf $(BUILD) $(DIST) demo-output python/bitcore/lib
+	rm -rf $(BUILD) $(DIST) demo-output python/bitcore/lib python/bitlab/lib
 
 # --- what is installed, each step once -------------------------------------------------------------------------------
 

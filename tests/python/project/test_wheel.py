@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import stat
 import subprocess
@@ -24,11 +23,11 @@ from test_docs_snippets import Snippet, snippets
 PACKAGES = ("bitcore", "bitlab", "bitlayers", "bitmodels")
 README_SNIPPETS = [snippet for snippet in snippets("python") if snippet.page.name == "README.md"]
 LIBRARY = "bitcore/lib/libbitcore_torch.so"
+LIMITS = "bitlab/lib/libbitlab_limits.so"
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the wheel is for Linux"),
-    pytest.mark.skipif(shutil.which("make") is None, reason="make is missing"),
     pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are missing"),
 ]
 
@@ -45,12 +44,9 @@ def run(command: list[str], folder: Path, timeout: float = 600) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built by the command of `make wheel`, with the pip at hand."""
+    """Built by the command of `make wheel`."""
     folder = tmp_path_factory.mktemp("dist")
-    recipe = run(["make", "--dry-run", "wheel", f"DIST={folder}"], ROOT)
-    (line,) = [line for line in recipe.splitlines() if "pip wheel" in line]
-    _, *arguments = shlex.split(line)
-    run([sys.executable, "-m", "pip", *arguments, "--no-index"], ROOT, timeout=600)
+    run(["scripts/build-wheel.sh", sys.executable, str(folder), "--no-index"], ROOT, timeout=600)
     (built,) = folder.iterdir()
     return built
 
@@ -83,12 +79,28 @@ def run_python(environment: Path, folder: Path, code: str) -> str:
 
 
 def test_one_wheel_for_every_python_3_of_this_platform(wheel: Path) -> None:
-    assert re.fullmatch(rf"bitlab-[0-9.]+-py3-none-linux_{platform.machine()}\.whl", wheel.name)
+    """The tag names the oldest glibc that it runs on, which is that of its newest symbol."""
+    match = re.fullmatch(rf"bitlab-[0-9.]+-(py3-none-manylinux_2_(\d+)_{platform.machine()})\.whl", wheel.name)
+    assert match is not None, wheel.name
     with ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/WHEEL")]
         text = archive.read(name).decode()
-    assert re.findall("^Tag: (.*)$", text, re.MULTILINE) == [f"py3-none-linux_{platform.machine()}"]
+    assert re.findall("^Tag: (.*)$", text, re.MULTILINE) == [match[1]]
     assert "Root-Is-Purelib: false" in text
+    report = run([sys.executable, "-m", "auditwheel", "show", str(wheel)], ROOT)
+    symbols = {int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", report)}
+    assert symbols
+    assert max(symbols) <= int(match[2])
+
+
+def test_what_it_requires(wheel: Path) -> None:
+    """torch is an extra."""
+    with ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        required = re.findall("^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
+    always = {re.split("[<>=]", line)[0] for line in required if "extra" not in line}
+    assert always == {"numpy", "rich", "safetensors"}
+    assert any(re.fullmatch(r"torch>=2\.10; extra == [\"']torch[\"']", line) for line in required)
 
 
 def test_contents(wheel: Path) -> None:
@@ -102,7 +114,8 @@ def test_contents(wheel: Path) -> None:
         for path in (ROOT / "python" / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed"
     }
-    assert {name for name in modes if ".dist-info/" not in name} == expected | {LIBRARY, "bitcore/bin/run_bitmlp"}
+    files = {name for name in modes if ".dist-info/" not in name and not name.endswith("/")}
+    assert files == expected | {LIBRARY, LIMITS, "bitcore/bin/run_bitmlp"}
     assert modes["bitcore/bin/run_bitmlp"] & stat.S_IXUSR
 
 
@@ -133,6 +146,22 @@ def test_command(environment: Path, tmp_path: Path) -> None:
     output = run([str(environment / "bin" / "bitlab"), "info"], tmp_path)
     assert "Kernels, best first" in output
     assert "ReferenceKernel" in output
+
+
+def test_limits(environment: Path, tmp_path: Path) -> None:
+    """The bench's shared object, which nothing else loads."""
+    code = """
+from pathlib import Path
+
+import bitcore, bitlab.cli, bitlayers, bitmodels
+
+assert "bitlab_limits" not in Path("/proc/self/maps").read_text()
+from bitlab.bench.limits import supported_paths
+
+assert "float32 baseline" in supported_paths()
+assert "bitlab_limits" in Path("/proc/self/maps").read_text()
+"""
+    run_python(environment, tmp_path, code)
 
 
 def test_program(environment: Path, tmp_path: Path) -> None:
@@ -176,6 +205,13 @@ def test_undefined_symbols(library: Path) -> None:
         stable = symbol.startswith(("aoti_torch_", "torch_"))
         runtime = version.lstrip("@").startswith(("GLIBC", "CXXABI", "GCC"))
         assert stable or runtime or kind == "w", f"{name} is of no library that we link"
+
+
+def test_libraries_of_the_limits(environment: Path) -> None:
+    limits = site_packages(environment) / LIMITS
+    output = run(["readelf", "--dynamic", "--wide", str(limits)], limits.parent)
+    needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output))
+    assert needed <= {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
 
 
 def test_needed_libraries(library: Path) -> None:
