@@ -23,6 +23,8 @@ DONE := $(VENV)/.done
 BUILD := build
 DIST := dist
 JOBS ?= $(shell nproc)
+CONFIGURE = cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DBITLAB_TORCH=ON \
+  -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
 CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
 
 .PHONY: help demo check test test-slow setup build lint format docs wheel clean
@@ -31,7 +33,10 @@ CPP_FILES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
-demo: setup
+# Installs and builds what the demo needs, and no more.
+demo: $(DONE)/package
+	test -e $(BUILD)/build.ninja || $(CONFIGURE) -DBITLAB_TESTS=OFF
+	cmake --build $(BUILD) --target bitcore_torch run_bitmlp
 	$(BIN)/bitlab demo --output demo-output
 
 # run_tests(options of ctest, options of pytest): both suites run, even if the first one fails.
@@ -55,11 +60,13 @@ test-slow: setup
 
 setup: $(DONE)/package build
 
-build: $(DONE)/requirements $(BUILD)/build.ninja
+build: $(DONE)/requirements $(BUILD)/.configured
 	cmake --build $(BUILD)
 
-$(BUILD)/build.ninja: $(DONE)/torch
-	cmake -S . -B $(BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython3_EXECUTABLE=$(abspath $(BIN)/python)
+# With the tests, which the demo does without.
+$(BUILD)/.configured: $(DONE)/debian $(DONE)/torch
+	$(CONFIGURE) -DBITLAB_TESTS=ON
+	@touch $@
 
 lint: setup
 	$(BIN)/ruff check .
@@ -83,21 +90,31 @@ clean:
 
 # --- what is installed, each step once -------------------------------------------------------------------------------
 
-$(DONE)/debian: scripts/install-debian-packages.sh
-	scripts/install-debian-packages.sh $(PYTHON)
+# What compiling needs.
+$(DONE)/tools: scripts/install-debian-packages.sh
+	scripts/install-debian-packages.sh build $(PYTHON)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/torch: $(DONE)/debian
+# What the tests and the tools of developers need as well.
+$(DONE)/debian: $(DONE)/tools
+	scripts/install-debian-packages.sh development $(PYTHON)
+	@touch $@
+
+$(DONE)/torch: $(DONE)/tools
 	$(BIN)/pip install torch==$(TORCH_VERSION)
 	@touch $@
 
-$(DONE)/requirements: requirements-dev.txt $(DONE)/torch
+$(DONE)/requirements-demo: requirements-demo.txt $(DONE)/torch
+	$(BIN)/pip install -r requirements-demo.txt
+	@touch $@
+
+$(DONE)/requirements: requirements-dev.txt $(DONE)/requirements-demo $(DONE)/debian
 	$(BIN)/pip install -r requirements-dev.txt
 	@touch $@
 
 # Editable, and without compiling: the shared object lies in the tree, where `make build` writes it.
-$(DONE)/package: pyproject.toml $(DONE)/requirements
+$(DONE)/package: pyproject.toml $(DONE)/requirements-demo
 	$(BIN)/pip install --no-build-isolation --no-deps --config-settings=wheel.cmake=false -e .
 	@touch $@

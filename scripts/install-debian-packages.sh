@@ -1,13 +1,26 @@
 #!/usr/bin/env bash
-# Makes sure that the build's Debian packages are there. Usage: install-debian-packages.sh PYTHON
+# Makes sure that Debian packages are there. Usage: install-debian-packages.sh build|development PYTHON
+# build: to compile; development: what tests, linters and the wheel need as well.
 # Installs the missing ones as root or through sudo; where neither is possible it prints the command and fails.
 set -euo pipefail
 
-python="${1:-python3}"
-packages=(g++ cmake ninja-build libgtest-dev libbenchmark-dev nlohmann-json3-dev pkg-config clang-format)
-# For the tests by other compilers, sanitizers, fuzzers and emulated CPUs and of the documentation, which are skipped
-# without them.
-optional_packages=(clang libclang-rt-14-dev doxygen g++-aarch64-linux-gnu qemu-user)
+purpose="$1"
+python="${2:-python3}"
+packages=(g++ cmake ninja-build nlohmann-json3-dev)
+optional_packages=()
+case "$purpose" in
+build) ;;
+development)
+  packages+=(libgtest-dev libbenchmark-dev pkg-config clang-format)
+  # For the tests by other compilers, sanitizers, fuzzers and emulated CPUs and of the documentation, which are skipped
+  # without them.
+  optional_packages=(clang libclang-rt-14-dev doxygen g++-aarch64-linux-gnu qemu-user)
+  ;;
+*)
+  echo "The first argument is '$purpose', expected build or development." >&2
+  exit 2
+  ;;
+esac
 
 if ! command -v dpkg-query >/dev/null; then
   echo "This system is not Debian. Needed: ${packages[*]}, or what they are called here." >&2
