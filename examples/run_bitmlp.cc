@@ -175,8 +175,8 @@ Layer load_layer(const SafetensorsFile& file, std::int64_t index, std::int64_t i
 
 Model read_model(SafetensorsFile file) {
   Model model(std::move(file));
-  if (const std::string& type = metadata(model.file, "model_type"); type != "BitMLPModel") {
-    fail("model_type is \"" + type + "\", expected \"BitMLPModel\"");
+  if (const std::string& type = metadata(model.file, "model_type"); type != "bit_mlp" && type != "BitMLPModel") {
+    fail("model_type is \"" + type + "\", expected \"bit_mlp\"");
   }
   model.config = read_quant_config(model.file);
   const std::int64_t n_layers = metadata_count(model.file, "n_layers");

@@ -1,13 +1,13 @@
 """`AutoBitModel`: the right model class for a config or a saved model."""
 
 import os
-from pathlib import Path
 
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import FileError, QuantizationError
 from bitmodels.base import BitModelBase, BitModelConfig
 from bitmodels.config import CONFIG_FILE, read_config
 from bitmodels.registry import find_model, find_model_of
+from bitmodels.storage import require_path
 
 
 class AutoBitModel:
@@ -30,11 +30,12 @@ class AutoBitModel:
         return find_model_of(config)(config, quant_config)
 
     @staticmethod
-    def from_pretrained(directory: str | os.PathLike[str]) -> BitModelBase:
+    def from_pretrained(directory: str | bytes | os.PathLike[str]) -> BitModelBase:
         """A saved model of any registered type, in evaluation mode. See `BitModelBase.from_pretrained`."""
-        model_type, _ = read_config(Path(directory))
+        path = require_path(directory)
+        model_type, _ = read_config(path)
         try:
             model = find_model(model_type)
         except QuantizationError as error:
-            raise QuantizationError(f"{Path(directory) / CONFIG_FILE}: {error}") from error
+            raise FileError(f"{path / CONFIG_FILE}: {error}") from error
         return model.from_pretrained(directory)

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from bitcore.config import BitQuantConfig
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import FileError, QuantizationError
+from bitmodels.registry import current_name
 
 CONFIG_FILE = "config.json"
 MODEL_TYPE = "model_type"
@@ -46,7 +48,7 @@ class BitModelConfig:
         try:
             if isinstance(quant_config := arguments.get("quant_config"), Mapping):
                 arguments["quant_config"] = BitQuantConfig(**quant_config)
-            return cls(**arguments)
+            return cls(**_numbers_of_fields(cls, arguments))
         except TypeError as error:
             raise QuantizationError(f"{cls.__name__}: {error}") from error
 
@@ -65,14 +67,15 @@ class BitModelConfig:
         return flat
 
 
-def require_int(name: str, value: object, minimum: int) -> None:
-    """A field that counts something.
+def require_int(name: str, value: object, minimum: int) -> int:
+    """The value of a field that counts something, as an int (NumPy has others).
 
     Raises:
         QuantizationError: `value` is no integer (bool is none) or below `minimum`.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
         raise QuantizationError(f"{name} is {value!r}, expected an integer of at least {minimum}")
+    return int(value)
 
 
 def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
@@ -80,16 +83,55 @@ def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        QuantizationError: it is no JSON object with a `model_type`.
+        FileError: it is no JSON object with a `model_type`, or names something twice.
     """
     path = directory / CONFIG_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")  # Some editors put a byte order mark first.
+        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise QuantizationError(f"{path}: not valid JSON: {error}") from error
+        raise FileError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get(MODEL_TYPE), str):
-        raise QuantizationError(f'{path}: expected a JSON object with a "{MODEL_TYPE}"')
-    return values.pop(MODEL_TYPE), values
+        raise FileError(f'{path}: expected a JSON object with a "{MODEL_TYPE}"')
+    return current_name(values.pop(MODEL_TYPE)), values
+
+
+def same_value(left: str, right: str) -> bool:
+    """Whether two texts of metadata mean the same: 0 is 0.0 and 1e-1 is 0.1."""
+    if left == right:
+        return True
+    try:
+        numbers = [json.loads(text) for text in (left, right)]
+    except (ValueError, RecursionError):
+        return False
+    return all(type(number) in (int, float) for number in numbers) and numbers[0] == numbers[1]
+
+
+def _numbers_of_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has one kind of number, and writers differ: 3.0 is an integer there, and 0 a fraction."""
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # A class with annotations that only type checkers can read.
+        return values
+    numbers: dict[str, Any] = {}
+    for name, value in values.items():
+        if hints.get(name) is int and isinstance(value, float) and value.is_integer():
+            numbers[name] = int(value)
+        elif hints.get(name) is float and type(value) is int and abs(value) < 2**53:
+            numbers[name] = float(value)
+    return {**values, **numbers}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{sorted({name for name in names if names.count(name) > 1})} stands there twice")
+    return values
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _text(value: object) -> str:

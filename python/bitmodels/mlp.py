@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection
 from itertools import pairwise
+from numbers import Real
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -43,9 +44,11 @@ class BitMLPConfig(BitModelConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("n_layers", "in_channels", "hidden_dim", "out_channels"):
-            require_int(name, getattr(self, name), minimum=1)
-        if not isinstance(self.dropout, int | float) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
+            object.__setattr__(self, name, require_int(name, getattr(self, name), minimum=1))
+        if not isinstance(self.dropout, Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
             raise QuantizationError(f"dropout is {self.dropout!r}, expected a number of at least 0 and below 1")
+        if not isinstance(self.dropout, int):  # JSON knows no numbers of NumPy.
+            object.__setattr__(self, "dropout", float(self.dropout))
         if not isinstance(self.bias, bool):
             raise QuantizationError(f"bias is {self.bias!r}, expected true or false")
 
@@ -55,7 +58,7 @@ class BitMLPConfig(BitModelConfig):
         return [self.in_channels, *[self.hidden_dim] * (self.n_layers - 1), self.out_channels]
 
 
-@register_model("BitMLPModel")
+@register_model("bit_mlp")
 class BitMLPModel(BitModelBase):
     """Ternary linear layers with ReLU and dropout between them, `layers.0` to `layers.<n_layers - 1>`.
 

@@ -1,66 +1,125 @@
 """Reading and writing the files of a saved model. No pickle: safetensors and JSON."""
 
+import json
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import FileError, QuantizationError
 
 MODEL_FILE = "model.safetensors"
 
+_DEFAULTS_LOCK = threading.RLock()  # The default dtype belongs to the whole process.
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Lets `write` fill a file beside `path`, which then takes its place: a reader never sees half a file."""
+
+def require_path(directory: object) -> Path:
+    """A directory's path: str, bytes or any `os.PathLike`.
+
+    Raises:
+        QuantizationError: it is none of them, empty, or holds a null character.
+    """
+    if not isinstance(directory, str | bytes | os.PathLike):
+        raise QuantizationError(f"directory is {directory!r}, expected a str, bytes or os.PathLike")
+    path = os.fsdecode(directory)
+    if not path or "\0" in path:
+        raise QuantizationError(f"directory is {directory!r}, expected the path of a directory")
+    return Path(path)
+
+
+def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Fills a file beside each path; when all are complete, they take their places in the given order.
+
+    A reader never sees half a file, and a disk that fills up leaves what there was.
+
+    Raises:
+        OSError: a file cannot be written. No temporary file remains.
+    """
     # Random: threads share a process id, and so do processes of different containers on one file system.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    suffix = secrets.token_hex(8)
+    temporaries = {path: path.with_name(f".{path.name}.{suffix}.tmp") for path in writers}
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # As any new file here; safetensors would make it private.
-        write(temporary)
-        temporary.chmod(mode)
-        _flush(temporary)
-        temporary.replace(path)
+        for path, write in writers.items():
+            _write(temporaries[path], write)
+        for path, temporary in temporaries.items():
+            temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            with suppress(OSError):  # The error that is on its way says more.
+                temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file atomically."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file.
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file atomically."""
-    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata))
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        code = re.search(r"(?:code: |os error )(\d+)", str(error))
+        if code is None:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors and the metadata of a safetensors file.
+    """All tensors and the metadata of a safetensors file, in memory of their own: the file may change afterwards.
 
     Raises:
         FileNotFoundError: there is no such file.
-        QuantizationError: it is truncated or no safetensors file.
+        FileError: it is truncated, no safetensors file, or changes while it is read.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    content = _read_unchanging(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise QuantizationError(f"{path}: not a complete safetensors file: {error}") from error
+        loaded = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    except (SafetensorError, ValueError, RecursionError, KeyError, RuntimeError) as error:
+        raise FileError(f"{path}: not a complete safetensors file: {error}") from error
+    del content
+    # Copies, one at a time: storages that torch owns can be resized, as FSDP does.
+    return {name: loaded.pop(name).clone() for name in list(loaded)}, header.get("__metadata__") or {}
 
 
-def _flush(path: Path) -> None:
-    """Waits until the file is on the disk: a crash after the renaming must not leave an empty file."""
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """float32 on the CPU and ordinary tensors, whatever the caller's default dtype, device and inference mode are."""
+    with _DEFAULTS_LOCK, torch.device("cpu"), torch.inference_mode(False):
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def _read_unchanging(path: Path) -> bytes:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        content = file.read()
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(content) != after.st_size:
+        raise FileError(f"{path}: changed while it was read")
+    return content
+
+
+def _write(temporary: Path, write: Callable[[Path], None]) -> None:
+    temporary.touch()
+    mode = temporary.stat().st_mode  # As any new file here; safetensors would make it private.
+    write(temporary)
+    temporary.chmod(mode)
+    # A crash after the renaming must not leave an empty file.
+    with temporary.open("rb") as file:
         os.fsync(file.fileno())

@@ -65,7 +65,7 @@ def test_the_files_are_plain(tmp_path: Path) -> None:
     make_model().deploy().save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["model_type"] == "BitMLPModel"
+    assert config["model_type"] == "bit_mlp"
     assert config["quant_config"]["activation_granularity"] == "per_channel"
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == sorted(
@@ -199,7 +199,7 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (not_json, "config.json.*JSON"),
     (not_text, "config.json.*JSON"),
     (no_object, "config.json.*object"),
-    (edit_config(model_type="Other"), 'config.json.*"Other".*BitMLPModel'),
+    (edit_config(model_type="Other"), 'config.json.*"Other".*bit_mlp'),
     (edit_config(hidden_dim=34), "saved with hidden_dim=33, config.json says hidden_dim=34"),
     (edit_config(n_layers=2), "n_layers=3.*n_layers=2"),
     (edit_config(bias=False), "bias=true.*bias=false"),

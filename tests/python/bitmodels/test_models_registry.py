@@ -133,7 +133,7 @@ def tiny() -> Iterator[type[BitModelBase]]:
 
 
 def test_a_model_of_ones_own(tiny: type[BitModelBase], tmp_path: object) -> None:
-    assert list_models() == ["BitMLPModel", "Tiny"]
+    assert list_models() == ["bit_mlp", "Tiny"]
     model = AutoBitModel.from_config(TinyConfig(size=3))
     assert type(model) is tiny
     model.save_pretrained(str(tmp_path))
