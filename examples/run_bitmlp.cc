@@ -45,6 +45,7 @@ using bitcore::SafetensorsFile;
 struct Layer {
   std::int64_t in_features = 0;
   std::int64_t out_features = 0;
+  bitcore::BitQuantConfig config;
   std::vector<float> qweight_scale;
   ConstMatrixView qweight;
   ConstVectorView bias;
@@ -54,8 +55,8 @@ struct Layer {
 struct Model {
   explicit Model(SafetensorsFile opened) : file(std::move(opened)) {}
 
-  SafetensorsFile file;  // The layers point into it.
-  bitcore::BitQuantConfig config;
+  SafetensorsFile file;            // The layers point into it.
+  bitcore::BitQuantConfig config;  // A layer may have another.
   std::vector<Layer> layers;
 };
 
@@ -86,14 +87,26 @@ bool metadata_flag(const SafetensorsFile& file, const std::string& key) {
   return text == "true";
 }
 
-bitcore::BitQuantConfig read_quant_config(const SafetensorsFile& file) {
-  const auto granularity = [&](const std::string& key) {
-    return bitcore::parse_granularity(metadata(file, "quant_config." + key), key);
+// The schema of a layer: its own fields, `layers.1.quant_config.activation_dtype`, before those of the model.
+bitcore::BitQuantConfig read_quant_config(const SafetensorsFile& file, const std::string& prefix) {
+  const auto field = [&](const std::string& key) -> const std::string& {
+    const std::string own = prefix + "quant_config." + key;
+    return metadata(file, file.metadata().contains(own) ? own : "quant_config." + key);
   };
+  const auto granularity = [&](const std::string& key) { return bitcore::parse_granularity(field(key), key); };
   return {.weight_granularity = granularity("weight_granularity"),
-          .activation_dtype =
-              bitcore::parse_activation_dtype(metadata(file, "quant_config.activation_dtype"), "activation_dtype"),
+          .activation_dtype = bitcore::parse_activation_dtype(field("activation_dtype"), "activation_dtype"),
           .activation_granularity = granularity("activation_granularity")};
+}
+
+// A tensor of the model. One that shares the memory of another is stored under that one's name.
+const bitcore::TensorEntry& find_tensor(const SafetensorsFile& file, const std::string& name) {
+  const auto tie = file.metadata().find("tied." + name);
+  return file.tensor(tie == file.metadata().end() ? name : tie->second);
+}
+
+bool has_tensor(const SafetensorsFile& file, const std::string& name) {
+  return file.contains(name) || file.metadata().contains("tied." + name);
 }
 
 void require_rows(const std::string& name, std::int64_t rows, std::int64_t expected) {
@@ -124,14 +137,14 @@ bool is_finite(const ConstVectorView& values) {
 }
 
 ConstVectorView load_bias(const SafetensorsFile& file, const std::string& prefix, std::int64_t out_features) {
-  const ConstVectorView bias = file.tensor(prefix + "bias").vector();
+  const ConstVectorView bias = find_tensor(file, prefix + "bias").vector();
   require_rows(prefix + "bias", bias.size, out_features);
   if (!is_finite(bias)) fail(prefix + "bias holds NaN or infinity");
   return bias;
 }
 
 std::vector<float> load_scale(const SafetensorsFile& file, const std::string& prefix) {
-  std::vector<float> scale = file.tensor(prefix + "qweight_scale").floats();
+  std::vector<float> scale = find_tensor(file, prefix + "qweight_scale").floats();
   if (!std::ranges::all_of(scale, [](float value) { return std::isfinite(value) && value > 0; })) {
     fail(prefix + "qweight_scale holds a scale that is not finite and positive");
   }
@@ -139,35 +152,34 @@ std::vector<float> load_scale(const SafetensorsFile& file, const std::string& pr
 }
 
 void load_deployed(const SafetensorsFile& file, const std::string& prefix, Layer& layer) {
-  layer.qweight = file.tensor(prefix + "qweight").matrix();
+  layer.qweight = find_tensor(file, prefix + "qweight").matrix();
   require_rows(prefix + "qweight", layer.qweight.rows, layer.out_features);
   bitcore::check_qweight(layer.qweight, layer.in_features);
   layer.qweight_scale = load_scale(file, prefix);
 }
 
-void load_trainable(const SafetensorsFile& file, const std::string& prefix, const bitcore::BitQuantConfig& config,
-                    Layer& layer) {
-  const ConstMatrixView weight = file.tensor(prefix + "weight").matrix();
+void load_trainable(const SafetensorsFile& file, const std::string& prefix, Layer& layer) {
+  const ConstMatrixView weight = find_tensor(file, prefix + "weight").matrix();
   require_rows(prefix + "weight", weight.rows, layer.out_features);
   if (weight.cols != layer.in_features) {
     fail(prefix + "weight has " + std::to_string(weight.cols) + " columns, expected " +
          std::to_string(layer.in_features));
   }
-  layer.prepared = bitcore::bitlinear::prepare_weights(weight, config);
+  layer.prepared = bitcore::bitlinear::prepare_weights(weight, layer.config);
   layer.qweight_scale = layer.prepared->scale;
   layer.qweight = layer.prepared->view();
 }
 
-Layer load_layer(const SafetensorsFile& file, std::int64_t index, std::int64_t in_features, std::int64_t out_features,
-                 const bitcore::BitQuantConfig& config) {
+Layer load_layer(const SafetensorsFile& file, std::int64_t index, std::int64_t in_features, std::int64_t out_features) {
   const std::string prefix = "layers." + std::to_string(index) + ".";
   Layer layer;
   layer.in_features = in_features;
   layer.out_features = out_features;
-  if (file.contains(prefix + "qweight")) {
+  layer.config = read_quant_config(file, prefix);
+  if (has_tensor(file, prefix + "qweight")) {
     load_deployed(file, prefix, layer);
   } else {
-    load_trainable(file, prefix, config, layer);
+    load_trainable(file, prefix, layer);
   }
   if (metadata_flag(file, "bias")) layer.bias = load_bias(file, prefix, out_features);
   return layer;
@@ -178,13 +190,13 @@ Model read_model(SafetensorsFile file) {
   if (const std::string& type = metadata(model.file, "model_type"); type != "bit_mlp" && type != "BitMLPModel") {
     fail("model_type is \"" + type + "\", expected \"bit_mlp\"");
   }
-  model.config = read_quant_config(model.file);
+  model.config = read_quant_config(model.file, "");
   const std::int64_t n_layers = metadata_count(model.file, "n_layers");
   const std::int64_t hidden_dim = metadata_count(model.file, "hidden_dim");
   std::int64_t in_features = metadata_count(model.file, "in_channels");
   for (std::int64_t i = 0; i < n_layers; ++i) {
     const std::int64_t out_features = i + 1 < n_layers ? hidden_dim : metadata_count(model.file, "out_channels");
-    model.layers.push_back(load_layer(model.file, i, in_features, out_features, model.config));
+    model.layers.push_back(load_layer(model.file, i, in_features, out_features));
     in_features = out_features;
   }
   return model;
@@ -236,7 +248,7 @@ Matrix run(const Model& model, ConstMatrixView x, const bitcore::bitlinear::Opti
   for (const Layer& layer : model.layers) {
     if (hidden) relu(hidden->view());
     Matrix y(x.rows, layer.out_features, x.dtype);
-    bitcore::bitlinear::forward(x, layer.qweight_scale, layer.qweight, layer.bias, model.config, y.view(), options);
+    bitcore::bitlinear::forward(x, layer.qweight_scale, layer.qweight, layer.bias, layer.config, y.view(), options);
     hidden = std::move(y);
     x = hidden->view();
   }
@@ -288,8 +300,8 @@ Arguments parse_arguments(const std::vector<std::string>& words) {
 
 void print_summary(const Model& model, const Matrix& y, const Arguments& arguments, double microseconds) {
   const auto kernel = arguments.kernel.empty()
-                          ? bitcore::KernelRegistry::get_kernel_for_config(model.config)
-                          : bitcore::KernelRegistry::get_kernel_by_name(arguments.kernel, model.config);
+                          ? bitcore::KernelRegistry::get_kernel_for_config(model.layers.front().config)
+                          : bitcore::KernelRegistry::get_kernel_by_name(arguments.kernel, model.layers.front().config);
   std::cout << y.view().rows << " rows through " << model.layers.size() << " layers in " << std::lround(microseconds)
             << " us: " << kernel->name() << ", threads: " << arguments.threads << "\n";
 }

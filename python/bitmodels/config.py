@@ -73,7 +73,7 @@ def require_int(name: str, value: object, minimum: int) -> int:
     Raises:
         QuantizationError: `value` is no integer (bool is none) or below `minimum`.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
         raise QuantizationError(f"{name} is {value!r}, expected an integer of at least {minimum}")
     return int(value)
 

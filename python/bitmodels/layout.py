@@ -83,7 +83,8 @@ class Layout:
         if unknown := set(self.module_configs) - set(layers):
             raise QuantizationError(f"module_configs names {sorted(unknown)}, which are no ternary layers of the model")
         for name, layer in layers.items():
-            layer.quant_config = dataclasses.replace(quant_config, **self.module_configs.get(name, {}))
+            fields: dict[str, Any] = {**dataclasses.asdict(quant_config), **self.module_configs.get(name, {})}
+            layer.quant_config = BitQuantConfig(**fields)
 
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the model: those that are stored, and those that are tied to them.

@@ -45,8 +45,9 @@ class BitMLPConfig(BitModelConfig):
         super().__post_init__()
         for name in ("n_layers", "in_channels", "hidden_dim", "out_channels"):
             object.__setattr__(self, name, require_int(name, getattr(self, name), minimum=1))
-        if not isinstance(self.dropout, Real) or isinstance(self.dropout, bool) or not 0 <= self.dropout < 1:
-            raise QuantizationError(f"dropout is {self.dropout!r}, expected a number of at least 0 and below 1")
+        dropout: object = self.dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) < 1:
+            raise QuantizationError(f"dropout is {dropout!r}, expected a number of at least 0 and below 1")
         if not isinstance(self.dropout, int):  # JSON knows no numbers of NumPy.
             object.__setattr__(self, "dropout", float(self.dropout))
         if not isinstance(self.bias, bool):

@@ -57,6 +57,19 @@ def write_together(writers: Mapping[Path, Callable[[Path], None]]) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes one text file, beside its place and then renamed.
+
+    Raises:
+        OSError: it cannot be written. What was there before is still there.
+    """
+    write_together({path: lambda temporary: _write_utf8(temporary, text)})
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file.
 

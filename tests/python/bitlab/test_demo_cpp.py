@@ -13,6 +13,7 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig, all_configs
 from bitcore.exceptions import BitLabError
 from bitlab.demo.program import find_program, run_program
+from bitlayers import BitLinear
 from bitmodels import BitMLPConfig, BitMLPModel
 from support import INT8_KERNELS, same_bits
 
@@ -23,6 +24,12 @@ SHAPES = [(1, 1, 9, 1), (1, 17, 9, 33), (2, 64, 16, 10), (5, 3, 130, 7), (3, 300
 def make_model(sizes: tuple[int, int, int, int], config: BitQuantConfig, bias: bool = True) -> BitMLPModel:
     torch.manual_seed(sum(sizes))
     return BitMLPModel(BitMLPConfig(*sizes, bias=bias), config).eval()
+
+
+def layer_of(model: BitMLPModel, index: int) -> BitLinear:
+    layer = model.layers[index]
+    assert isinstance(layer, BitLinear)
+    return layer
 
 
 @torch.no_grad()
@@ -61,6 +68,23 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_was_not_deployed(dtype: torch.dtype, tmp_path: Path) -> None:
     check(make_model((3, 50, 37, 11), PER_CHANNEL).to(dtype), torch.randn(9, 50).to(dtype), tmp_path)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_layers_with_configs_of_their_own(deployed: bool, tmp_path: Path) -> None:
+    model = make_model((3, 50, 37, 11), PER_CHANNEL)
+    layer_of(model, 1).quant_config = BitQuantConfig("per_tensor", "float32")
+    layer_of(model, 2).quant_config = BitQuantConfig("per_tensor", "int8", "per_tensor")
+    check(model.deploy() if deployed else model, torch.randn(9, 50), tmp_path)
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_tied_layers(deployed: bool, tmp_path: Path) -> None:
+    model = make_model((4, 37, 37, 11), PER_CHANNEL)
+    model.layers[2].weight = model.layers[1].weight
+    if deployed:
+        model.layers[2] = model.layers[1]
+    check(model.deploy() if deployed else model, torch.randn(9, 37), tmp_path)
 
 
 def test_values_that_are_not_finite(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_a_config_beyond_all_memory(hidden_dim: int, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path)
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     edit_config(hidden_dim=hidden_dim)(tmp_path)
-    with pytest.raises(QuantizationError, match=r"model\.safetensors: |config\.json: BitMLPModel cannot be built"):
+    with pytest.raises(QuantizationError, match=r"(model\.safetensors|config\.json): "):
         AutoBitModel.from_pretrained(tmp_path)
 
 
