@@ -89,12 +89,13 @@ TEST(WeightScale, FloorAndNonFinite) {
 
 TEST(XScale, IsAbsmaxOver127) {
   Floats x = {0.5f, -3.0f, 2.0f, 0.0f, 1e-9f, -1e-9f};
-  EXPECT_EQ(compute_x_scale({x.data(), 2, 3}, {})[0], 3.0f / 127.0f);
-  const Floats rows = compute_x_scale({x.data(), 2, 3}, {.activation_granularity = Granularity::per_channel});
+  const BitQuantConfig per_tensor{.activation_granularity = Granularity::per_tensor};
+  EXPECT_EQ(compute_x_scale({x.data(), 2, 3}, per_tensor), (Floats{3.0f / 127.0f}));
+  const Floats rows = compute_x_scale({x.data(), 2, 3}, {});
   EXPECT_EQ(rows, (Floats{3.0f / 127.0f, 1e-5f / 127.0f}));
   EXPECT_EQ(compute_x_scale({x.data(), 2, 3}, {.activation_dtype = ActivationDtype::float32})[0], 1.0f);
   x[4] = -std::numeric_limits<float>::infinity();
-  EXPECT_TRUE(std::isnan(compute_x_scale({x.data(), 2, 3}, {})[0]));
+  EXPECT_TRUE(std::isnan(compute_x_scale({x.data(), 2, 3}, per_tensor)[0]));
 }
 
 TEST(Quantize, TiesGoToEven) {
@@ -135,7 +136,8 @@ TEST(Dequantize, InvertsTheScale) {
   dequantize_weight({codes.data(), 2, 2}, Floats{0.5f, 2.0f}, {.weight_granularity = Granularity::per_channel},
                     {out.data(), 2, 2});
   EXPECT_EQ(out, (Floats{-0.5f, 0.0f, 2.0f, 2.0f}));
-  dequantize_x({codes.data(), 2, 2}, Floats{3.0f}, {}, {out.data(), 2, 2});
+  dequantize_x({codes.data(), 2, 2}, Floats{3.0f}, {.activation_granularity = Granularity::per_tensor},
+               {out.data(), 2, 2});
   EXPECT_EQ(out, (Floats{-3.0f, 0.0f, 3.0f, 3.0f}));
 }
 
