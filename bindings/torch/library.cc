@@ -34,7 +34,7 @@ struct Op<function> {
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
 // its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating, and the
 // weight packed, as int8 codes, or floating as it was quantized with qweight_scale; a gradient whose dtype is None is
-// not computed, and has no elements.
+// not computed, and has no elements. dx needs the weight and its scale, dweight x and its scale.
 STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
   m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
@@ -61,7 +61,7 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
               .c_str());
   }
   m.def(
-      "bitlinear_backward(Tensor dy, Tensor? x, Tensor? x_scale, Tensor qweight, Tensor qweight_scale, "
+      "bitlinear_backward(Tensor dy, Tensor? x, Tensor? x_scale, Tensor? qweight, Tensor? qweight_scale, "
       "int in_features, bool weight_per_channel, ScalarType? dx_dtype, ScalarType? dweight_dtype, "
       "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)");
   m.def("straight_through(Tensor value, Tensor source) -> Tensor");

@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
 
 // backward_ops.cc
 std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::optional<Tensor> x,
-                                                      std::optional<Tensor> x_scale, const Tensor& qweight,
-                                                      const Tensor& qweight_scale, std::int64_t in_features,
+                                                      std::optional<Tensor> x_scale, std::optional<Tensor> qweight,
+                                                      std::optional<Tensor> qweight_scale, std::int64_t in_features,
                                                       bool weight_per_channel, std::optional<ScalarType> dx_dtype,
                                                       std::optional<ScalarType> dweight_dtype,
                                                       std::optional<ScalarType> dbias_dtype);

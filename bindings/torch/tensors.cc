@@ -180,6 +180,16 @@ Matrix packed_matrix(const Tensor& qweight, bool allow_codes) {
   return matrix(made_contiguous(qweight), dtype);
 }
 
+Matrix any_weight(const Tensor& qweight, std::int64_t in_features) {
+  const ScalarType dtype = dtype_of(qweight, "qweight");
+  const bool packed = dtype == ScalarType::Byte;
+  Matrix weight = packed || dtype == ScalarType::Char ? packed_matrix(qweight, /*allow_codes=*/true)
+                                                      : floating_matrix(qweight, "qweight");
+  if (packed) check_trailer(weight.view, in_features);
+  if (!packed) check_shape(weight.view.rows, weight.view.cols, weight.view.rows, in_features, "qweight");
+  return weight;
+}
+
 Vector floating_vector(const std::optional<Tensor>& tensor, std::int64_t size, const char* name) {
   if (!tensor.has_value()) return {};
   const DType dtype = floating_dtype(*tensor, name);
@@ -234,6 +244,17 @@ Tensor empty(const Shape& shape, ScalarType dtype) {
                                                          strides.data(), dtype_code, aoti_torch_device_type_cpu(),
                                                          /*device_index=*/0, &handle));
   return Tensor(handle);
+}
+
+Tensor borrowed(ConstMatrixView view) {
+  const Shape shape = {view.rows, view.cols}, strides = {view.row_stride, 1};
+  const ScalarType dtype = view.dtype == DType::bfloat16  ? ScalarType::BFloat16
+                           : view.dtype == DType::float16 ? ScalarType::Half
+                           : view.dtype == DType::float32 ? ScalarType::Float
+                           : view.dtype == DType::int8    ? ScalarType::Char
+                                                          : ScalarType::Byte;
+  return torch::stable::from_blob(const_cast<void*>(view.data), shape, strides,
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
 }
 
 MatrixView output_rows(const Tensor& tensor) {

@@ -56,6 +56,9 @@ Matrix code_matrix(const Tensor& qweight, const char* name);
 /// A contiguous matrix of packed bytes, or of int8 codes where `allow_codes`.
 Matrix packed_matrix(const Tensor& qweight, bool allow_codes);
 
+/// A weight as any operator has it: packed, int8 codes, or floating; for this number of columns.
+Matrix any_weight(const Tensor& qweight, std::int64_t in_features);
+
 /// A floating vector of shape (size,), or none.
 Vector floating_vector(const std::optional<Tensor>& tensor, std::int64_t size, const char* name);
 
@@ -70,6 +73,9 @@ void check_floating_dtype(ScalarType dtype, const char* name);
 
 /// An uninitialized, contiguous CPU tensor.
 Tensor empty(const Shape& shape, ScalarType dtype);
+
+/// A tensor whose memory is the view's: no longer in use when that goes.
+Tensor borrowed(ConstMatrixView view);
 
 /// A contiguous tensor as a matrix to write, leading dimensions flattened.
 MatrixView output_rows(const Tensor& tensor);

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -101,7 +102,8 @@ void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::
 struct BackwardInputs {
   ConstMatrixView qx;              ///< int8 (M, in_features); float32 activations: x itself. Only dweight needs it.
   std::span<const float> x_scale;  ///< x_scale_size(M) floats; float32 activations: empty.
-  ConstMatrixView qweight;         ///< Packed. Only dx needs it, and its scale.
+  /// Packed, int8 codes, or the floating weight whose codes qweight_scale gives. Only dx needs it, and its scale.
+  ConstMatrixView qweight;
   std::span<const float> qweight_scale;  ///< weight_scale_size() floats.
 };
 
@@ -112,15 +114,22 @@ struct Gradients {
   float* dbias = nullptr;  ///< (out_features,)
 };
 
+/// A matrix product: out = left @ right, or left^T @ right if `transpose_left`. All three have one dtype, float32 or
+/// bfloat16; sums are float32, rounded once to bfloat16. Called on the thread that calls backward().
+using Matmul = std::function<void(ConstMatrixView left, bool transpose_left, ConstMatrixView right, MatrixView out)>;
+
 /// Straight-through backward: dX = dY @ dq(W), dW = dY^T @ dq(x), db = sum over rows of dY. The scales are folded into
 /// dY, all is computed in float32 (db in float64) and rounded once.
 /// @param dy Floating (M, out_features).
-/// @throws QuantizationError
+/// @param matmul What multiplies in layers of more than 131,072 multiply-adds or 256 rows of x; null: the engine's own
+///     loops, which are slow there. If dy is bfloat16 it gets dY and the codes in bfloat16, which holds the codes
+///     exactly (dW with float32 activations: in float32).
+/// @throws QuantizationError, and what matmul throws
 void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantConfig& config,
-              const Gradients& gradients, Executor& executor = default_executor());
+              const Gradients& gradients, Executor& executor = default_executor(), const Matmul& matmul = nullptr);
 
 /// The same with what forward_training kept.
 void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
-              Executor& executor = default_executor());
+              Executor& executor = default_executor(), const Matmul& matmul = nullptr);
 
 }  // namespace bitcore::bitlinear

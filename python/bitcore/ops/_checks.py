@@ -268,10 +268,11 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     x_scale: Tensor | None,
-    qweight: Tensor,
-    qweight_scale: Tensor,
+    qweight: Tensor | None,
+    qweight_scale: Tensor | None,
     in_features: int,
     weight_per_channel: bool,
+    dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
 ) -> None:
     """All tensors of a backward call.
@@ -281,6 +282,17 @@ def backward(
     same_device("dy", dy, x=x, x_scale=x_scale, qweight=qweight, qweight_scale=qweight_scale)
     floating("dy", dy)
     require(dy.ndim >= 1, "dy has 0 dimensions, expected at least 1")
+    if qweight is not None:
+        _backward_weight(dy, qweight, qweight_scale, in_features, weight_per_channel)
+    if x is not None:
+        _backward_x(dy, x, x_scale, in_features)
+    require(dx_dtype is None or qweight is not None, "qweight is None, dx needs it")
+    require(dweight_dtype is None or x is not None, "x is None, dweight needs it")
+
+
+def _backward_weight(
+    dy: Tensor, qweight: Tensor, qweight_scale: Tensor | None, in_features: int, per_channel: bool
+) -> None:
     if qweight.dtype == torch.uint8:
         packed(qweight, in_features)
     else:
@@ -290,10 +302,12 @@ def backward(
         require(columns_found == in_features, f"qweight has {columns_found} columns, in_features is {in_features}")
     out_features = qweight.shape[0]
     require(dy.shape[-1] == out_features, f"dy has {dy.shape[-1]} columns, qweight has {out_features} rows")
-    weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)
-    if x is None:
-        require(dweight_dtype is None, "x is None, dweight needs it")
-        return
+    if qweight_scale is None:
+        raise QuantizationError("qweight_scale is None, qweight needs it")
+    weight_scale("qweight_scale", qweight_scale, out_features, per_channel)
+
+
+def _backward_x(dy: Tensor, x: Tensor, x_scale: Tensor | None, in_features: int) -> None:
     shape = (*dy.shape[:-1], in_features)
     require(tuple(x.shape) == shape, f"x has shape {tuple(x.shape)}, expected {shape}")
     if x.dtype != torch.int8:

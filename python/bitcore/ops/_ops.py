@@ -308,23 +308,23 @@ def _(
     dy: Tensor,
     x: Tensor | None,
     x_scale: Tensor | None,
-    qweight: Tensor,
-    qweight_scale: Tensor,
+    qweight: Tensor | None,
+    qweight_scale: Tensor | None,
     in_features: int,
     weight_per_channel: bool,
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dweight_dtype)
+    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
 
     def gradient(shape: list[int], dtype: torch.dtype | None) -> Tensor:
         return dy.new_empty([0] if dtype is None else shape, dtype=dtype or torch.float32)
 
     return (
         gradient([*dy.shape[:-1], in_features], dx_dtype),
-        gradient([qweight.shape[0], in_features], dweight_dtype),
-        gradient([qweight.shape[0]], dbias_dtype),
+        gradient([dy.shape[-1], in_features], dweight_dtype),
+        gradient([dy.shape[-1]], dbias_dtype),
     )
 
 

@@ -271,19 +271,21 @@ def bitlinear_backward(
     dy: Tensor,
     x: Tensor | None,
     x_scale: Tensor | None,
-    qweight: Tensor,
-    qweight_scale: Tensor,
+    qweight: Tensor | None,
+    qweight_scale: Tensor | None,
     in_features: int,
     weight_per_channel: bool,
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dweight_dtype)
+    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
     nothing = dy.new_empty(0, dtype=torch.float32)
     dx = dweight = dbias = nothing
     rows = dy.reshape(-1, dy.shape[-1])
     if dx_dtype is not None:
+        assert qweight is not None
+        assert qweight_scale is not None
         if qweight.is_floating_point():
             qweight = quantize_weight(qweight, qweight_scale, weight_per_channel)
         codes = _codes_as(_matmul_dtype(dy), qweight, in_features)

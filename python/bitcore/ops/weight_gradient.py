@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitcore._torch_private import Function
+from bitcore._torch_private import Function, below_autograd
 from bitcore.config import BitQuantConfig
-from bitcore.ops._ops import autocast_off
-from bitcore.ops.base import compute_x_scale, dequantize_x, quantize_x
+from bitcore.ops import _ops
+from bitcore.ops.base import compute_x_scale, quantize_x
 
 
 @torch.library.custom_op("bitcore::attach_weight_gradient", mutates_args=())
@@ -65,16 +65,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _dweight(ctx: Any, dy: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
-    with autocast_off(dy.device.type):
-        rows = _dequantized(x, ctx.config).reshape(-1, x.shape[-1])
-        return (dy.float().reshape(-1, dy.shape[-1]).t() @ rows).to(ctx.weight_dtype)
-
-
-def _dequantized(x: Tensor, config: BitQuantConfig) -> Tensor:
-    if config.activation_dtype == "float32":
-        return x.float()
-    scale = compute_x_scale(x, config)
-    return dequantize_x(quantize_x(x, scale, config), scale, config)
+    in_features, scale = x.shape[-1], None
+    if ctx.config.activation_dtype == "int8":
+        scale = compute_x_scale(x, ctx.config)
+        x = quantize_x(x, scale, ctx.config)
+    with below_autograd():
+        dweight: Tensor = _ops.bitlinear_backward(
+            dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None
+        )[1]
+    return dweight
 
 
 class _Attached(Function):

@@ -1,4 +1,4 @@
-// prepare_weights, forward and backward: validation at the public boundary, then one kernel call.
+// prepare_weights and forward: validation at the public boundary, then one kernel call. backward.cc has the gradients.
 #include "bitcore/ops/bitlinear.h"
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include "bitcore/base/parallel.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/kernels/tile_functions.h"
+#include "bitcore/linear/linear_internal.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
@@ -28,16 +29,6 @@ std::int64_t in_features_of(ConstMatrixView qweight) {
     fail("qweight must be packed uint8 or int8 codes, got ", to_string(qweight.dtype));
   }
   return read_trailer(qweight).in_features;
-}
-
-void check_qweight_scale(std::span<const float> scale, std::int64_t out_features, const BitQuantConfig& config) {
-  const auto size = static_cast<std::int64_t>(scale.size());
-  check_span(scale, "qweight_scale");
-  const std::int64_t expected = weight_scale_size(out_features, config);
-  if (size != expected) {
-    fail("qweight_scale has ", size, " elements, weight_granularity '", to_string(config.weight_granularity), "' with ",
-         out_features, " out_features expects ", expected);
-  }
 }
 
 void check_scale_values(std::span<const float> scale) {
@@ -64,15 +55,6 @@ void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, Cons
   check_floating(y.dtype, "y");
   check_shape(y.rows, y.cols, x.rows, qweight.rows, "y");
   check_view(y, "y");
-}
-
-// The view of its bytes is made from its shape.
-void check_prepared(const PreparedWeights& weights) {
-  const PackedShape& shape = weights.shape;
-  if (static_cast<std::int64_t>(weights.qweight.size()) != shape.bytes()) {
-    fail("weights.qweight has ", weights.qweight.size(), " bytes, weights.shape (", shape.out_features, ", ",
-         shape.row_bytes(), ") takes ", shape.bytes());
-  }
 }
 
 KernelRegistry::KernelPtr kernel_of(const BitQuantConfig& config, const Options& options) {
@@ -239,159 +221,6 @@ SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVe
   quantize_x(x, saved.x_scale, config, qx, executor);
   forward_quantized(qx, saved.x_scale, weights.scale, weights.view(), bias, config, y, options);
   return saved;
-}
-
-namespace {
-
-// out[k] += factor * in[k]
-void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
-  for (std::int64_t k = 0; k < count; ++k) out[k] += factor * in[k];
-}
-
-void check_gradient(MatrixView gradient, std::int64_t rows, std::int64_t cols, const char* argument) {
-  check_floating(gradient.dtype, argument);
-  check_shape(gradient.rows, gradient.cols, rows, cols, argument);
-}
-
-float* float_row(MatrixView m, std::int64_t row) { return reinterpret_cast<float*>(m.row(row)); }
-
-// A float32 matrix: of its own, or the view itself where that is float32.
-struct FloatMatrix {
-  std::vector<float> memory;
-  MatrixView view;
-
-  explicit FloatMatrix(MatrixView like) : view(like) {
-    if (like.dtype == DType::float32) return;
-    memory.resize(static_cast<std::size_t>(like.rows * like.cols));
-    view = {memory.data(), like.rows, like.cols};
-  }
-};
-
-struct Factors {
-  const float* values;
-  std::int64_t step;  // 0: one for all
-
-  explicit Factors(std::span<const float> scale) : values(scale.data()), step(scale.size() == 1 ? 0 : 1) {}
-  const float* at(std::int64_t index) const { return values + index * step; }
-};
-
-// dX = (dY * s_w) @ q_w
-void backward_x(ConstMatrixView dy, const BackwardInputs& inputs, const PackedShape& shape, MatrixView dx,
-                Executor& executor) {
-  const FloatMatrix sums(dx);
-  const Factors scale(inputs.qweight_scale);
-  parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
-    std::vector<float> weights(static_cast<std::size_t>(shape.in_features));
-    std::vector<float> scaled_dy(static_cast<std::size_t>((end - begin) * dy.cols));
-    for (std::int64_t m = begin; m < end; ++m) {
-      std::fill_n(float_row(sums.view, m), dx.cols, 0.0f);
-      row_functions().scaled(dy.row(m), dy.dtype, dy.cols, scale.values, scale.step, DType::float32,
-                             &scaled_dy[static_cast<std::size_t>((m - begin) * dy.cols)]);
-    }
-    for (std::int64_t n = 0; n < shape.out_features; ++n) {
-      unpack_code_row(static_cast<const std::uint8_t*>(inputs.qweight.data), shape, n, codes.data());
-      row_functions().weights_of(codes.data(), shape.in_features, DType::float32, weights.data());
-      for (std::int64_t m = begin; m < end; ++m) {
-        const float factor = scaled_dy[static_cast<std::size_t>((m - begin) * dy.cols + n)];
-        add_scaled(weights.data(), factor, shape.in_features, float_row(sums.view, m));
-      }
-    }
-    for (std::int64_t m = begin; m < end && dx.dtype != DType::float32; ++m) {
-      narrow(float_row(sums.view, m), dx.cols, dx.dtype, dx.row(m));
-    }
-  });
-}
-
-// dW = (dY * s_x)^T @ q_x
-void backward_weight(ConstMatrixView dy, const BackwardInputs& inputs, MatrixView dweight, Executor& executor) {
-  const FloatMatrix sums(dweight);
-  const bool int8 = inputs.qx.dtype == DType::int8;
-  const float one = 1.0f;
-  const Factors scale(int8 ? inputs.x_scale : std::span(&one, 1));
-  parallel_ranges(executor, dweight.rows, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> x(static_cast<std::size_t>(dweight.cols)), scaled_dy(static_cast<std::size_t>(end - begin));
-    for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
-    const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);
-    for (std::int64_t m = 0; m < dy.rows; ++m) {
-      row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, scale.at(m), 0, DType::float32,
-                             scaled_dy.data());
-      if (int8) {
-        row_functions().codes_as_floats(reinterpret_cast<const std::int8_t*>(inputs.qx.row(m)), dweight.cols,
-                                        DType::float32, x.data());
-      } else {
-        widen(inputs.qx.row(m), inputs.qx.dtype, dweight.cols, x.data());
-      }
-      for (std::int64_t n = begin; n < end; ++n) {
-        add_scaled(x.data(), scaled_dy[static_cast<std::size_t>(n - begin)], dweight.cols, float_row(sums.view, n));
-      }
-    }
-    for (std::int64_t n = begin; n < end && dweight.dtype != DType::float32; ++n) {
-      narrow(float_row(sums.view, n), dweight.cols, dweight.dtype, dweight.row(n));
-    }
-  });
-}
-
-// In float64: there may be many rows.
-void backward_bias(ConstMatrixView dy, float* dbias, Executor& executor) {
-  parallel_ranges(executor, dy.cols, 512, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<double> sums(static_cast<std::size_t>(end - begin));
-    std::vector<float> row(sums.size());
-    for (std::int64_t m = 0; m < dy.rows; ++m) {
-      widen(dy.row(m) + static_cast<std::size_t>(begin) * size_of(dy.dtype), dy.dtype, end - begin, row.data());
-      for (std::size_t n = 0; n < sums.size(); ++n) sums[n] += static_cast<double>(row[n]);
-    }
-    for (std::size_t n = 0; n < sums.size(); ++n)
-      dbias[begin + static_cast<std::int64_t>(n)] = static_cast<float>(sums[n]);
-  });
-}
-
-// qx and its scale, as dweight needs them.
-void check_quantized_x(const BackwardInputs& inputs, std::int64_t rows, std::int64_t in_features,
-                       const BitQuantConfig& config) {
-  const bool int8 = config.activation_dtype == ActivationDtype::int8;
-  if (int8) check_dtype(inputs.qx.dtype, DType::int8, "qx");
-  if (!int8) check_floating(inputs.qx.dtype, "qx");
-  check_shape(inputs.qx.rows, inputs.qx.cols, rows, in_features, "qx");
-  check_view(inputs.qx, "qx");
-  check_span(inputs.x_scale, "x_scale");
-  check_size(static_cast<std::int64_t>(inputs.x_scale.size()), int8 ? x_scale_size(rows, config) : 0, "x_scale");
-}
-
-}  // namespace
-
-void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantConfig& config,
-              const Gradients& gradients, Executor& executor) {
-  check_floating(dy.dtype, "dy");
-  check_view(dy, "dy");
-  const auto& [dx, dweight, dbias] = gradients;
-  check_view(dx, "dx");
-  check_view(dweight, "dweight");
-  if (dx.data != nullptr) {
-    const PackedShape shape = read_trailer(inputs.qweight);
-    check_shape(dy.rows, dy.cols, dy.rows, shape.out_features, "dy");
-    check_qweight_scale(inputs.qweight_scale, shape.out_features, config);
-    check_gradient(dx, dy.rows, shape.in_features, "dx");
-    backward_x(dy, inputs, shape, dx, executor);
-  }
-  if (dweight.data != nullptr) {
-    check_quantized_x(inputs, dy.rows, inputs.qx.cols, config);
-    check_gradient(dweight, dy.cols, inputs.qx.cols, "dweight");
-    backward_weight(dy, inputs, dweight, executor);
-  }
-  if (dbias != nullptr) backward_bias(dy, dbias, executor);
-}
-
-void backward(ConstMatrixView dy, const SavedTensors& saved, const BitQuantConfig& config, const Gradients& gradients,
-              Executor& executor) {
-  const PackedShape& shape = saved.weights.shape;
-  check_prepared(saved.weights);
-  packed_shape(shape.out_features, shape.in_features, shape.layout);  // bounds of the sizes
-  const bool int8 = config.activation_dtype == ActivationDtype::int8;
-  const std::int64_t rows = int8 ? static_cast<std::int64_t>(saved.qx.size()) / shape.in_features : saved.x.rows;
-  check_shape(dy.rows, dy.cols, rows, shape.out_features, "dy");
-  const ConstMatrixView qx = int8 ? ConstMatrixView(saved.qx.data(), rows, shape.in_features) : saved.x;
-  backward(dy, {qx, saved.x_scale, saved.weights.view(), saved.weights.scale}, config, gradients, executor);
 }
 
 }  // namespace bitcore::bitlinear

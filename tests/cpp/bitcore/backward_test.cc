@@ -1,4 +1,8 @@
 // The explicit backward against the straight-through formulas in float64.
+#include <algorithm>
+#include <functional>
+#include <stdexcept>
+
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
 #include "support.h"
@@ -108,6 +112,97 @@ TEST(Backward, ReadsAndWritesEveryFloatingDtype) {
       EXPECT_EQ(narrow_dx, narrowed(dx, dtype));
       EXPECT_EQ(narrow_dw, narrowed(dw, dtype));
       EXPECT_EQ(same_db, db);
+    }
+  }
+}
+
+// Plain sums in float32, and how often they were asked for.
+struct PlainMatmul {
+  int calls = 0;
+
+  static Floats widened(ConstMatrixView m) {
+    Floats values(static_cast<std::size_t>(m.rows * m.cols));
+    convert(m, {values.data(), m.rows, m.cols});
+    return values;
+  }
+
+  void operator()(ConstMatrixView left, bool transpose_left, ConstMatrixView right, MatrixView out) {
+    ++calls;
+    EXPECT_EQ(left.dtype, right.dtype);
+    EXPECT_EQ(left.dtype, out.dtype);
+    EXPECT_EQ(transpose_left ? left.cols : left.rows, out.rows);
+    const Floats a = widened(left), b = widened(right);
+    Floats sums(static_cast<std::size_t>(out.rows * out.cols));
+    for (std::int64_t i = 0; i < out.rows; ++i) {
+      for (std::int64_t k = 0; k < right.rows; ++k) {
+        const float factor = a[static_cast<std::size_t>(transpose_left ? k * left.cols + i : i * left.cols + k)];
+        for (std::int64_t j = 0; j < out.cols; ++j) {
+          sums[static_cast<std::size_t>(i * out.cols + j)] += factor * b[static_cast<std::size_t>(k * out.cols + j)];
+        }
+      }
+    }
+    convert({sums.data(), out.rows, out.cols}, out);
+  }
+};
+
+// Within a part of the largest magnitude.
+void expect_close(const Floats& found, const Floats& expected, float relative) {
+  float largest = 0.0f;
+  for (const float value : expected) largest = std::max(largest, std::fabs(value));
+  for (std::size_t i = 0; i < found.size(); ++i) EXPECT_NEAR(found[i], expected[i], relative * largest) << "at " << i;
+}
+
+TEST(Backward, HandsLargeProductsToTheCallersMatmul) {
+  constexpr std::int64_t kRows = 2, kFeatures = 7000, kWide = 330;
+  const Floats x = random_floats(kRows * kWide, 1), weight = random_floats(kFeatures * kWide, 2);
+  const Floats dy = random_floats(kRows * kFeatures, 3);
+  const auto narrow_dy = narrowed(dy, DType::bfloat16);
+  for (const BitQuantConfig& config :
+       {BitQuantConfig{Granularity::per_channel}, BitQuantConfig{.activation_dtype = ActivationDtype::float32}}) {
+    SCOPED_TRACE(to_string(config));
+    Floats y(kRows * kFeatures);
+    const auto saved = bitlinear::forward_training({x.data(), kRows, kWide}, {weight.data(), kFeatures, kWide}, {},
+                                                   config, {y.data(), kRows, kFeatures});
+    const bool float_x = config.activation_dtype == ActivationDtype::float32;
+    const bitlinear::BackwardInputs packed = {float_x ? saved.x : ConstMatrixView(saved.qx.data(), kRows, kWide),
+                                              saved.x_scale, saved.weights.view(), saved.weights.scale};
+    bitlinear::BackwardInputs floating = packed;
+    floating.qweight = {weight.data(), kFeatures, kWide};
+    for (const bitlinear::BackwardInputs& inputs : {packed, floating}) {
+      for (const ConstMatrixView dy_view :
+           {ConstMatrixView(dy.data(), kRows, kFeatures),
+            ConstMatrixView(narrow_dy.data(), DType::bfloat16, kRows, kFeatures, kFeatures)}) {
+        PlainMatmul matmul;
+        Floats dx(x.size()), dw(weight.size()), loops_dx(x.size()), loops_dw(weight.size());
+        bitlinear::backward(dy_view, inputs, config,
+                            {{dx.data(), kRows, kWide}, {dw.data(), kFeatures, kWide}, nullptr}, default_executor(),
+                            std::ref(matmul));
+        bitlinear::backward(dy_view, inputs, config,
+                            {{loops_dx.data(), kRows, kWide}, {loops_dw.data(), kFeatures, kWide}, nullptr});
+        EXPECT_GE(matmul.calls, 3);  // dx in blocks of 320 columns
+        const float relative = dy_view.dtype == DType::bfloat16 ? 1e-2f : 1e-5f;
+        expect_close(dx, loops_dx, relative);
+        expect_close(dw, loops_dw, relative);
+      }
+    }
+  }
+}
+
+TEST(Backward, CarriesTheErrorOfTheMatmulAndNeverCallsItForLittleWork) {
+  const auto broken = [](ConstMatrixView, bool, ConstMatrixView, MatrixView) { throw std::runtime_error("no memory"); };
+  for (const std::int64_t rows : {256, 257}) {
+    const Floats x(static_cast<std::size_t>(rows)), weight(1, 1.0f), dy(static_cast<std::size_t>(rows), 1.0f);
+    Floats y(x.size()), dx(x.size());
+    const auto saved =
+        bitlinear::forward_training({x.data(), rows, 1}, {weight.data(), 1, 1}, {}, {}, {y.data(), rows, 1});
+    const auto call = [&] {
+      bitlinear::backward({dy.data(), rows, 1}, saved, {}, {{dx.data(), rows, 1}, {}, nullptr}, default_executor(),
+                          broken);
+    };
+    if (rows == 256) {
+      call();
+    } else {
+      expect_error<std::runtime_error>(call, {"no memory"});
     }
   }
 }

@@ -147,6 +147,21 @@ def test_a_weight_of_any_dtype_is_quantized_again(
         assert_same_bits(found, expected)
 
 
+@all_configs
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [4, 300])  # the engine's loops, and torch's matmul
+def test_the_weight_gets_the_same_gradient_in_both_modes(config: BitQuantConfig, dtype: torch.dtype, rows: int) -> None:
+    layer = BitLinear(300, 70, quant_config=config).to(dtype)
+    x = torch.randn(rows, 300).to(dtype)
+    dy = torch.randn(rows, 70).to(dtype)
+    gradients = []
+    for training in (True, False):
+        layer.train(training)
+        (gradient,) = torch.autograd.grad(layer(x), layer.weight, dy)
+        gradients.append(gradient)
+    assert_same_bits(*gradients)
+
+
 def test_a_changed_parameter_is_noticed() -> None:
     """Backward needs the weight of the forward: as torch's own layers, it refuses another one."""
     layer = BitLinear(8, 4)
@@ -176,6 +191,8 @@ def test_operator_of_gradients_with_codes_and_leading_dimensions() -> None:
         ({1: torch.ones(5, 36, dtype=torch.int8)}, "x has"),
         ({1: torch.ones(4, 37, dtype=torch.int8), 2: torch.ones(4, 1)}, "x has"),
         ({1: None}, "x is None, dweight needs it"),
+        ({3: None}, "qweight is None, dx needs it"),
+        ({4: None}, "qweight_scale is None, qweight needs it"),
         ({2: None}, "x_scale is None, int8 codes need it"),
         ({4: torch.ones(2)}, "qweight_scale has shape"),
         ({3: torch.zeros(19, 3, dtype=torch.uint8)}, "qweight"),
