@@ -221,10 +221,36 @@ def forward(x: Floats, weight: Floats, bias: Floats | None, schema: Schema, dtyp
     return forward_codes(x, quantize_weight(weight, s_w, schema), s_w, bias, schema, dtype)
 
 
+def float32_sums(x: Floats, codes: Codes) -> Floats:
+    """Of x (M, K) and codes (N, K): chains of 16 k in order from 0, the chains added in order."""
+    sums = np.zeros((len(x), len(codes)), np.float32)
+    weights = codes.astype(np.float32)
+    with np.errstate(all="ignore"):
+        for begin in range(0, x.shape[1], 16):
+            chain = np.zeros_like(sums)
+            for k in range(begin, min(begin + 16, x.shape[1])):
+                chain = chain + np.outer(x[:, k], weights[:, k])
+            sums = sums + chain
+    assert sums.dtype == np.float32
+    return sums
+
+
+def float32_forward(x: Floats, weight: Floats, bias: Floats | None, schema: Schema, dtype: str) -> Floats:
+    """y of float32 activations, the bits that every CPU kernel returns; a row that is not finite is NaN."""
+    s_w = weight_scale(weight, schema)
+    rows = x.reshape(-1, x.shape[-1])
+    s_x = np.where(np.isfinite(rows).all(axis=1, keepdims=True), np.float32(1), np.float32(np.nan))
+    with np.errstate(all="ignore"):
+        y = float32_sums(rows, quantize_weight(weight, s_w, schema)) * (s_x * s_w)
+        y = y if bias is None else y + bias
+    assert y.dtype == np.float32
+    return round_to(y, dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
 def float32_forward_bounds(
     x: Floats, weight: Floats, bias: Floats | None, schema: Schema, dtype: str
 ) -> tuple[Doubles, Doubles]:
-    """y of float32 activations and how far from it a kernel may be, both float64; NaN rows where x is not finite.
+    """y of float32 activations and how far from it any order may be, both float64; NaN rows where x is not finite.
 
     A sum of K terms in any order errs by at most K * u * sum|terms| / (1 - K * u), u = 2^-24; two more operations
     (times the scale, plus the bias) add u each, the rounding to `dtype` half an ulp; every operation may lose

@@ -102,11 +102,19 @@ def assert_within(actual: torch.Tensor, expected: oracle.Doubles, bound: oracle.
 def assert_forward(
     actual: torch.Tensor, x: Floats, weight: Floats, bias: Floats | None, schema: Schema, dtype: str
 ) -> None:
-    """`actual` is what the contract says of the widened arguments: bits for int8, a bound for float32."""
+    """`actual` is what the contract says of the widened arguments: bits for int8, a bound from K for float32."""
     if schema.is_int8:
         assert_same_bits(actual, oracle.forward(x, weight, bias, schema, dtype), dtype)
     else:
         assert_within(actual, *oracle.float32_forward_bounds(x, weight, bias, schema, dtype), dtype)
+
+
+def assert_forward_bits(
+    actual: torch.Tensor, x: Floats, weight: Floats, bias: Floats | None, schema: Schema, dtype: str
+) -> None:
+    """As assert_forward, of a CPU kernel: with float32 activations, too, the bits."""
+    forward = oracle.forward if schema.is_int8 else oracle.float32_forward
+    assert_same_bits(actual, forward(x, weight, bias, schema, dtype), dtype)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
