@@ -1,5 +1,5 @@
 // The operators' schemas, all in one place, and the CPU functions behind them. Fakes, autograd and the functions for
-// other devices are registered in python/bitcore/ops/_ops.py.
+// other devices are registered in python/bitcore/operators/native.py.
 //
 // Exceptions do not cross the stable ABI: an engine exception arrives in Python as a RuntimeError whose message begins
 // with the exception's name.

@@ -11,7 +11,7 @@ from bitcore.config import BitQuantConfig, all_configs
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.registry import bind, find
-from bitcore.ops import _checks, _ops
+from bitcore.operators import checks, native
 from bitcore.ops.packing import repack
 
 __all__ = ["assert_same_bits", "check_kernel"]
@@ -96,9 +96,9 @@ def _cases(device: torch.device) -> Iterator[_Case]:
 def _expected(config: BitQuantConfig, case: _Case) -> tuple[Tensor, Tensor]:
     """The contract's y, and how far a float32 kernel may be from it."""
     weight_per_channel = config.flags[0]
-    scale, qweight = _ops.prepare_weights(case.weight, weight_per_channel)
-    y = _ops.torch_bitlinear(case.x, scale, qweight, case.bias, *config.flags)
-    codes = _ops.unpack_weights(qweight, case.weight.shape[1])
+    scale, qweight = native.prepare_weights(case.weight, weight_per_channel)
+    y = native.torch_bitlinear(case.x, scale, qweight, case.bias, *config.flags)
+    codes = native.unpack_weights(qweight, case.weight.shape[1])
     magnitude = (case.x.double().abs() @ codes.double().abs().t()) * scale.double().reshape(-1)
     summation = (case.weight.shape[1] + 4) * 2.0**-23 * magnitude
     rounding = torch.finfo(y.dtype).eps * y.double().abs() + torch.finfo(y.dtype).tiny
@@ -115,7 +115,7 @@ def _check_case(kernel: BitKernelBase, config: BitQuantConfig, case: _Case) -> N
     for tensor, copy in zip(arguments, before, strict=True):
         assert torch.equal(tensor.nan_to_num(), copy.nan_to_num()), f"{what}: an argument was written to"
     expected, tolerance = _expected(config, case)
-    if kernel.has_standard_form() and _checks.has_layout("1.6bit", case.weight.shape[1]):
+    if kernel.has_standard_form() and checks.has_layout("1.6bit", case.weight.shape[1]):
         smaller = repack(qweight, case.weight.shape[1], "1.6bit")
         _compare(config, kernel(case.x, scale, smaller, case.bias, config), expected, tolerance, f"{what}, 1.6bit")
     _compare(config, y, expected, tolerance, what)

@@ -9,8 +9,8 @@ from rich.table import Table
 from bitcore.config import BitQuantConfig, all_configs
 from bitcore.exceptions import KernelNotFoundError
 from bitcore.kernels.base import BitKernelBase
-from bitcore.kernels.builtin import BUILTIN_KERNELS, CPU_FEATURES, FAMILY_NAMES
-from bitcore.kernels.registry import STATE, KernelRegistry
+from bitcore.kernels.builtin import CPU_FEATURES, FAMILY_NAMES
+from bitcore.kernels.registry import KernelRegistry, naming, user_kernels
 from bitlab import __version__
 
 
@@ -28,7 +28,7 @@ def _machine_table() -> Table:
     table.add_row("processor", f"{platform.machine()}, {torch.get_num_threads()} threads")
     table.add_row("CPU features", ", ".join(CPU_FEATURES) or "none that kernels use")
     table.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
-    table.add_row("BITLAB_KERNEL", ", ".join(STATE.named) or "not set")
+    table.add_row("BITLAB_KERNEL", ", ".join(naming().names) or "not set")
     return table
 
 
@@ -37,7 +37,7 @@ def _kernel_table() -> Table:
     for column in ("kernel", "also called", "needs", "runs here", "activations"):
         table.add_column(column, overflow="fold")
     names = {kernel: alias for alias, kernel in FAMILY_NAMES.items()}
-    for kernel in (*STATE.user_kernels, *BUILTIN_KERNELS):
+    for kernel in KernelRegistry.all_kernels():
         runs = "[green]yes[/green]" if kernel.is_supported() else "[red]no[/red]"
         table.add_row(kernel.name, names.get(kernel.name, ""), kernel.requirement, runs, _activations(kernel))
     return table
@@ -63,17 +63,17 @@ def explain(config: BitQuantConfig) -> tuple[str, str]:
         name = KernelRegistry.get_kernel_for_config(config).name
     except KernelNotFoundError as error:
         return "[red]none[/red]", str(error)
-    if STATE.named:
-        return name, f"named by {STATE.named_by}"
-    if any(kernel.name == name for kernel in STATE.user_kernels):
+    if naming().names:
+        return name, f"named by {naming().by}"
+    if any(kernel.name == name for kernel in user_kernels()):
         return name, "registered by the user: before all built-in ones"
     better = [
         f"{kernel.name} needs {kernel.requirement}"
-        for kernel in BUILTIN_KERNELS[: _position(name)]
+        for kernel in KernelRegistry.all_kernels()[: _position(name)]
         if kernel.is_compatible_with(config) and not kernel.is_supported()
     ]
     return name, "; ".join(["first that covers it and runs here", *better])
 
 
 def _position(name: str) -> int:
-    return [kernel.name for kernel in BUILTIN_KERNELS].index(name)
+    return [kernel.name for kernel in KernelRegistry.all_kernels()].index(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitcore._torch_private import is_tracing
 from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import QuantizationError, StateError
-from bitcore.kernels.registry import STATE, KernelRegistry
+from bitcore.kernels.registry import KernelRegistry, selection
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
 from bitcore.ops.weight_gradient import attach_weight_gradient
@@ -42,7 +42,7 @@ class _PackedCopy(NamedTuple):
     @classmethod
     def of(cls, weight: Tensor, config: BitQuantConfig) -> "_PackedCopy":
         # The version first: should another thread change the weight meanwhile, the copy counts as outdated.
-        version, kernels, snapshot = weight._version, STATE.token, weight.detach()
+        version, kernels, snapshot = weight._version, selection(), weight.detach()
         sample = _sample(snapshot)
         sampled = None if sample is None else sample.clone()
         return cls(weight, snapshot, version, sample, sampled, config, kernels, *_prepare(weight, config))
@@ -57,7 +57,7 @@ class _PackedCopy(NamedTuple):
             and self.snapshot.stride() == weight.stride()
             and self.snapshot.shape == weight.shape
             and (self.config is config or self.config == config)
-            and self.kernels == STATE.token
+            and self.kernels == selection()
             and (self.sample is None or self.sampled is None or torch.equal(self.sample, self.sampled))
         )
 

@@ -10,7 +10,7 @@
 
 #include "bitcore/config.h"
 #include "bitcore/executor.h"
-#include "bitcore/ops/bitlinear.h"
+#include "bitcore/ops/packing.h"
 #include "bitcore/tensor.h"
 
 namespace bitcore {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig, require_config
-from bitcore.ops import _ops
+from bitcore.operators import native
 
 
 class BitKernelBase:
@@ -57,7 +57,9 @@ class BitKernelBase:
         Raises:
             QuantizationError: wrong rank or dtype, a NaN or an infinity in the weight.
         """
-        return _ops.call(_ops.prepare_weights, _ops.detached("weight", weight), require_config(quant_config).flags[0])
+        return native.call(
+            native.prepare_weights, native.detached("weight", weight), require_config(quant_config).flags[0]
+        )
 
     def accepts(self, qweight: Tensor) -> bool:
         """Whether qweight is in the form that the kernel reads.

@@ -6,7 +6,7 @@ from typing import Any
 from bitcore.config import BitQuantConfig
 from bitcore.kernels.operator_kernel import OperatorKernel
 from bitcore.kernels.torch_kernel import TorchKernel
-from bitcore.ops import _ops
+from bitcore.operators import native
 
 
 class NativeKernel(OperatorKernel):
@@ -30,7 +30,7 @@ class NativeKernel(OperatorKernel):
         return quant_config.flags in self._configs
 
 
-_engine: dict[str, Any] = json.loads(_ops.list_kernels())
+_engine: dict[str, Any] = json.loads(native.list_kernels())
 
 BUILTIN_KERNELS: tuple[OperatorKernel, ...] = (
     *(NativeKernel(**kernel) for kernel in _engine["kernels"]),
@@ -51,4 +51,4 @@ def tile_calls(name: str) -> int:
     Raises:
         KernelNotFoundError: no native kernel has this name.
     """
-    return _ops.call(_ops.kernel_tile_calls, name)
+    return native.call(native.kernel_tile_calls, name)

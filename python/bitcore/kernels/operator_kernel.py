@@ -7,14 +7,14 @@ from torch import Tensor
 
 from bitcore.config import BitQuantConfig, require_config
 from bitcore.kernels.base import BitKernelBase
-from bitcore.ops import _checks, _ops
+from bitcore.operators import checks, native
 
 
 class OperatorKernel(BitKernelBase):
     """One operator for inference, one for training."""
 
-    inference_op: Any = staticmethod(_ops.bitlinear)
-    training_op: Any = staticmethod(_ops.bitlinear_train)
+    inference_op: Any = staticmethod(native.bitlinear)
+    training_op: Any = staticmethod(native.bitlinear_train)
 
     def __call__(
         self,
@@ -26,13 +26,15 @@ class OperatorKernel(BitKernelBase):
     ) -> Tensor:
         """As BitKernelBase; under autocast y has the autocast dtype. x and bias get their gradients."""
         flags = require_config(quant_config).flags
-        _checks.given(x=x, qweight_scale=qweight_scale, qweight=qweight)
-        return _ops.infer(self.inference_op, x, qweight_scale, qweight, bias, *flags, _ops.autocast_dtype(x), self.name)
+        checks.given(x=x, qweight_scale=qweight_scale, qweight=qweight)
+        return native.infer(
+            self.inference_op, x, qweight_scale, qweight, bias, *flags, native.autocast_dtype(x), self.name
+        )
 
     def train(self, x: Tensor, weight: Tensor, bias: Tensor | None, quant_config: BitQuantConfig) -> Tensor:
         """The training forward: y as inference on the prepared weight returns it, with straight-through gradients."""
         flags = quant_config.flags
-        return _ops.train(self.training_op, x, weight, bias, *flags, _ops.autocast_dtype(x), self.name)
+        return native.train(self.training_op, x, weight, bias, *flags, native.autocast_dtype(x), self.name)
 
     def accepts(self, qweight: Tensor) -> bool:
         """Packed bytes, or int8 codes, which are packed on every call (slow)."""

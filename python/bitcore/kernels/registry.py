@@ -14,7 +14,8 @@ from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.builtin import BUILTIN_KERNELS, FAMILY_NAMES
-from bitcore.ops import _checks
+from bitcore.kernels.served import Served, served
+from bitcore.operators import checks
 
 VARIABLE = "BITLAB_KERNEL"
 
@@ -36,7 +37,7 @@ class Naming(NamedTuple):
 class Choice(NamedTuple):
     """What decides which kernel runs, at one moment: a call reads it once, whatever other threads do meanwhile."""
 
-    user_kernels: tuple[BitKernelBase, ...]  # latest first
+    user_kernels: tuple[Served, ...]  # latest first
     naming: Naming
 
 
@@ -56,22 +57,7 @@ class _State:
         self.token = ""
         self._decide()
 
-    @property
-    def user_kernels(self) -> tuple[BitKernelBase, ...]:
-        """The registered kernels, latest first."""
-        return self.choice.user_kernels
-
-    @property
-    def named(self) -> tuple[str, ...]:
-        """The named kernels, if any."""
-        return self.choice.naming.names
-
-    @property
-    def named_by(self) -> str:
-        """What names them."""
-        return self.choice.naming.by
-
-    def set_user_kernels(self, kernels: tuple[BitKernelBase, ...]) -> None:
+    def set_user_kernels(self, kernels: tuple[Served, ...]) -> None:
         """Replaces the registered kernels. The caller holds the lock."""
         self.generation += 1
         self.choice = self.choice._replace(user_kernels=kernels)
@@ -98,16 +84,35 @@ class _State:
         self.token = f"{self.generation} {','.join(naming.names)}" if decides else ""
 
 
-STATE = _State()
+_state = _State()
+_builtin = tuple(served(kernel) for kernel in BUILTIN_KERNELS)
 
 
-def _find(name: str, user_kernels: tuple[BitKernelBase, ...], says: str) -> BitKernelBase:
+def selection() -> str:
+    """Text that changes with what decides which kernel runs; empty while the built-in list alone does.
+
+    Compiled code that has read it is compiled again when it changes.
+    """
+    return _state.token
+
+
+def naming() -> Naming:
+    """The kernels that have to be used now, and who says so."""
+    return _state.choice.naming
+
+
+def user_kernels() -> list[BitKernelBase]:
+    """The registered kernels, latest first."""
+    return [entry.kernel for entry in _state.choice.user_kernels]
+
+
+def _find(name: str, user_kernels: tuple[Served, ...], says: str) -> Served:
     resolved = FAMILY_NAMES.get(name, name)
-    kernels = user_kernels + BUILTIN_KERNELS
-    for kernel in kernels:
-        if kernel.name == resolved:
-            return kernel
-    known = ", ".join([*FAMILY_NAMES, *(kernel.name for kernel in kernels)])
+    kernels = user_kernels + _builtin
+    for entry in kernels:
+        if entry.kernel.name == resolved:
+            return entry
+    known = ", ".join([*FAMILY_NAMES, *(entry.kernel.name for entry in kernels)])
     raise KernelNotFoundError(f"{says}; known: {known}")
 
 
@@ -117,42 +122,42 @@ def find(name: str) -> BitKernelBase:
     Raises:
         KernelNotFoundError: the name is unknown.
     """
-    return _find(name, STATE.choice.user_kernels, f"no kernel is named '{name}'")
+    return _find(name, _state.choice.user_kernels, f"no kernel is named '{name}'").kernel
 
 
-def candidates(config: BitQuantConfig, device_type: str) -> list[BitKernelBase]:
+def candidates(config: BitQuantConfig, device_type: str) -> list[Served]:
     """The kernels that a call may use, best first; never empty.
 
     Raises:
         KernelNotFoundError: no kernel covers the config; where kernels are named, none or more than one of them does.
     """
-    user_kernels, naming = STATE.choice
+    user_kernels, naming = _state.choice
     if not naming.names:
-        fitting = [kernel for kernel in user_kernels + BUILTIN_KERNELS if kernel.covers(config, device_type)]
+        fitting = [entry for entry in user_kernels + _builtin if entry.kernel.covers(config, device_type)]
         if not fitting:
             raise KernelNotFoundError(f"no kernel covers {config} on {device_type}")
         return fitting
     named = [_find(name, user_kernels, f"{naming} names '{name}', which is no kernel") for name in naming.names]
-    fitting = [kernel for kernel in named if kernel.covers(config, device_type)]
+    fitting = [entry for entry in named if entry.kernel.covers(config, device_type)]
     if len(fitting) != 1:
         count = "more than one kernel" if fitting else "no kernel"
         raise KernelNotFoundError(f"{naming} names {count} that runs {config} on {device_type}")
     return fitting
 
 
-def select(config: BitQuantConfig, device_type: str, qweight: Tensor) -> BitKernelBase:
-    """The first candidate that accepts the qweight. int8 codes are packed for a kernel of the standard form.
+def select(config: BitQuantConfig, device_type: str, qweight: Tensor) -> Served:
+    """The first candidate that takes the qweight.
 
     Raises:
         KernelNotFoundError: as candidates.
         QuantizationError: no candidate accepts it.
     """
     fitting = candidates(config, device_type)
-    for kernel in fitting:
-        if kernel.accepts(qweight) or (qweight.dtype == torch.int8 and kernel.has_standard_form()):
-            return kernel
-    _checks.dense("qweight", qweight)
-    names = ", ".join(kernel.name for kernel in fitting)
+    for entry in fitting:
+        if entry.takes(qweight):
+            return entry
+    checks.dense("qweight", qweight)
+    names = ", ".join(entry.kernel.name for entry in fitting)
     raise QuantizationError(
         f"qweight has dtype {qweight.dtype} and shape {tuple(qweight.shape)}, a form that no kernel for {config} "
         f"accepts (asked: {names})"
@@ -186,7 +191,7 @@ class KernelRegistry:
         Raises:
             KernelNotFoundError: names the config, and the variable where it decides; or torch knows no such device.
         """
-        return bind(candidates(require_config(config), _device_type(device))[0], config)
+        return bind(candidates(require_config(config), _device_type(device))[0].kernel, config)
 
     @staticmethod
     def get_kernel_by_name(name: str, config: BitQuantConfig) -> BitKernelBase:
@@ -208,7 +213,12 @@ class KernelRegistry:
     def list_available_kernels() -> list[str]:
         """Names of what runs here, best first, "Int8Kernel" and "Float32Kernel" included."""
         builtin = [kernel.name for kernel in BUILTIN_KERNELS if kernel.is_supported()]
-        return [*(kernel.name for kernel in STATE.choice.user_kernels), *FAMILY_NAMES, *builtin]
+        return [*(kernel.name for kernel in user_kernels()), *FAMILY_NAMES, *builtin]
+
+    @staticmethod
+    def all_kernels() -> list[BitKernelBase]:
+        """Every registered and built-in kernel, whether it runs here or not, best first."""
+        return [*user_kernels(), *BUILTIN_KERNELS]
 
     @staticmethod
     def register(kernel: BitKernelBase | type[BitKernelBase]) -> None:
@@ -223,11 +233,11 @@ class KernelRegistry:
         instance = kernel() if isinstance(kernel, type) else kernel
         if not isinstance(instance, BitKernelBase):
             raise QuantizationError(f"kernel is a {type(instance).__name__}, expected a BitKernelBase")
-        with STATE.lock:
-            kernels = STATE.choice.user_kernels
-            if instance.name in (*FAMILY_NAMES, *(other.name for other in kernels + BUILTIN_KERNELS)):
+        entry = served(instance)
+        with _state.lock:
+            if instance.name in (*FAMILY_NAMES, *(other.name for other in KernelRegistry.all_kernels())):
                 raise BitLabError(f"a kernel named '{instance.name}' is already registered")
-            _set_user_kernels((instance, *kernels))
+            _set_user_kernels((entry, *_state.choice.user_kernels))
 
     @staticmethod
     def unregister(name: str) -> None:
@@ -236,9 +246,9 @@ class KernelRegistry:
         Raises:
             KernelNotFoundError: no registered kernel has this name.
         """
-        with STATE.lock:
-            left = tuple(kernel for kernel in STATE.choice.user_kernels if kernel.name != name)
-            if len(left) == len(STATE.choice.user_kernels):
+        with _state.lock:
+            left = tuple(entry for entry in _state.choice.user_kernels if entry.kernel.name != name)
+            if len(left) == len(_state.choice.user_kernels):
                 raise KernelNotFoundError(f"no registered kernel is named '{name}'")
             _set_user_kernels(left)
 
@@ -254,16 +264,16 @@ class KernelRegistry:
         """
         for name in names:
             find(name)
-        handle = STATE.push(Naming(names, "KernelRegistry.forced"))
+        handle = _state.push(Naming(names, "KernelRegistry.forced"))
         try:
             yield
         finally:
-            STATE.remove(handle)
+            _state.remove(handle)
 
 
-def _set_user_kernels(kernels: tuple[BitKernelBase, ...]) -> None:
-    STATE.set_user_kernels(kernels)
-    KernelRegistry.generation = STATE.generation
+def _set_user_kernels(kernels: tuple[Served, ...]) -> None:
+    _state.set_user_kernels(kernels)
+    KernelRegistry.generation = _state.generation
 
 
 def _device_type(device: str | torch.device) -> str:

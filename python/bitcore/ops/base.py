@@ -8,8 +8,8 @@ device that does not fit.
 from torch import Tensor
 
 from bitcore.config import BitQuantConfig, require_config
-from bitcore.ops import _checks, _ops
-from bitcore.ops._config_keyword import either_config_name
+from bitcore.config_keyword import either_config_name
+from bitcore.operators import checks, native
 from bitcore.ops.packing import check_qweight, pack_weights, repack, unpack_weights
 
 __all__ = [
@@ -43,7 +43,7 @@ def compute_weight_scale(weight: Tensor, config: BitQuantConfig) -> Tensor:
         QuantizationError: wrong rank or dtype.
     """
     per_channel, _, _ = require_config(config).flags
-    return _ops.call(_ops.compute_weight_scale, _ops.detached("weight", weight), per_channel)
+    return native.call(native.compute_weight_scale, native.detached("weight", weight), per_channel)
 
 
 @either_config_name
@@ -62,8 +62,8 @@ def quantize_weight(weight: Tensor, scale: Tensor, quant_config: BitQuantConfig)
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
     per_channel, _, _ = require_config(quant_config).flags
-    _checks.given(weight=weight, scale=scale)
-    return _ops.call(_ops.quantize_weight, weight, scale, per_channel)
+    checks.given(weight=weight, scale=scale)
+    return native.call(native.quantize_weight, weight, scale, per_channel)
 
 
 @either_config_name
@@ -82,8 +82,8 @@ def dequantize_weight(qweight: Tensor, scale: Tensor, quant_config: BitQuantConf
         QuantizationError: qweight is packed (unpack it with unpack_weights first), or as quantize_weight.
     """
     per_channel, _, _ = require_config(quant_config).flags
-    _checks.given(qweight=qweight)
-    return _ops.call(_ops.dequantize_weight, qweight, _ops.detached("scale", scale), per_channel)
+    checks.given(qweight=qweight)
+    return native.call(native.dequantize_weight, qweight, native.detached("scale", scale), per_channel)
 
 
 @either_config_name
@@ -101,7 +101,7 @@ def compute_x_scale(x: Tensor, config: BitQuantConfig) -> Tensor:
         QuantizationError: wrong rank or dtype.
     """
     _, int8_activations, per_channel = require_config(config).flags
-    return _ops.call(_ops.compute_x_scale, _ops.detached("x", x), int8_activations, per_channel)
+    return native.call(native.compute_x_scale, native.detached("x", x), int8_activations, per_channel)
 
 
 @either_config_name
@@ -120,11 +120,11 @@ def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
     _, int8_activations, per_channel = require_config(quant_config).flags
-    _checks.given(x=x, scale=scale)
+    checks.given(x=x, scale=scale)
     if not int8_activations:
-        _checks.x_and_scale(x, scale, per_channel)
+        checks.x_and_scale(x, scale, per_channel)
         return x.detach() if x.requires_grad else x
-    return _ops.call(_ops.quantize_x, x, scale, per_channel)
+    return native.call(native.quantize_x, x, scale, per_channel)
 
 
 @either_config_name
@@ -143,11 +143,11 @@ def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Ten
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
     _, int8_activations, per_channel = require_config(quant_config).flags
-    qx, scale = _ops.detached("qx", qx), _ops.detached("scale", scale)
+    qx, scale = native.detached("qx", qx), native.detached("scale", scale)
     if not int8_activations:
-        _checks.x_and_scale(qx, scale, per_channel, name="qx")
+        checks.x_and_scale(qx, scale, per_channel, name="qx")
         return qx.float() * (scale if per_channel else scale.reshape(()))
-    return _ops.call(_ops.dequantize_x, qx, scale, per_channel)
+    return native.call(native.dequantize_x, qx, scale, per_channel)
 
 
 @either_config_name
@@ -165,10 +165,10 @@ def fake_quantize_weight(weight: Tensor, config: BitQuantConfig) -> Tensor:
         QuantizationError: wrong rank or dtype.
         NotImplementedError: weight carries a tangent of forward-mode AD.
     """
-    _ops.refuse_tangents(weight)
+    native.refuse_tangents(weight)
     scale = compute_weight_scale(weight, config)
     codes = quantize_weight(weight, scale, config)
-    return _ops.call(_ops.attach_gradient, dequantize_weight(codes, scale, config), weight)
+    return native.call(native.attach_gradient, dequantize_weight(codes, scale, config), weight)
 
 
 @either_config_name
@@ -189,5 +189,5 @@ def fake_quantize_x(x: Tensor, config: BitQuantConfig) -> Tensor:
     scale = compute_x_scale(x, config)
     if config.activation_dtype == "float32":
         return x
-    _ops.refuse_tangents(x)
-    return _ops.call(_ops.attach_gradient, dequantize_x(quantize_x(x, scale, config), scale, config), x)
+    native.refuse_tangents(x)
+    return native.call(native.attach_gradient, dequantize_x(quantize_x(x, scale, config), scale, config), x)

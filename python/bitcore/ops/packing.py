@@ -6,7 +6,7 @@ always from 65 in_features on), or "auto": a fixed rule of the shape, "2bit" for
 
 from torch import Tensor
 
-from bitcore.ops import _checks, _ops
+from bitcore.operators import checks, native
 
 
 def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
@@ -24,8 +24,8 @@ def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
         QuantizationError: wrong rank or dtype, a code that is not -1, 0 or 1, a layout that is unknown or does not
             exist for in_features.
     """
-    _checks.given(qweight=qweight)
-    return _ops.call(_ops.pack_weights, qweight, layout)
+    checks.given(qweight=qweight)
+    return native.call(native.pack_weights, qweight, layout)
 
 
 def unpack_weights(qweight: Tensor, in_features: int) -> Tensor:
@@ -41,8 +41,8 @@ def unpack_weights(qweight: Tensor, in_features: int) -> Tensor:
     Raises:
         QuantizationError: wrong dtype or length, a damaged trailer, checksum or code, other sizes.
     """
-    _checks.given(qweight=qweight)
-    return _ops.call(_ops.unpack_weights, qweight, in_features)
+    checks.given(qweight=qweight)
+    return native.call(native.unpack_weights, qweight, in_features)
 
 
 def repack(qweight: Tensor, in_features: int, layout: str = "auto") -> Tensor:
@@ -60,5 +60,5 @@ def check_qweight(qweight: Tensor, in_features: int) -> None:
     Raises:
         QuantizationError: says what is damaged.
     """
-    _checks.given(qweight=qweight)
-    _ops.call(_ops.check_qweight, qweight, in_features)
+    checks.given(qweight=qweight)
+    native.call(native.check_qweight, qweight, in_features)

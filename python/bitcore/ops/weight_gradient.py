@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitcore._torch_private import Function, below_autograd
 from bitcore.config import BitQuantConfig
-from bitcore.ops import _ops
+from bitcore.operators import native
 from bitcore.ops.base import compute_x_scale, quantize_x
 
 
@@ -70,7 +70,7 @@ def _dweight(ctx: Any, dy: Tensor) -> Tensor:
         scale = compute_x_scale(x, ctx.config)
         x = quantize_x(x, scale, ctx.config)
     with below_autograd():
-        dweight: Tensor = _ops.bitlinear_backward(
+        dweight: Tensor = native.bitlinear_backward(
             dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None
         )[1]
     return dweight

@@ -15,9 +15,8 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry
-from bitcore.kernels.builtin import BUILTIN_KERNELS
 from bitcore.kernels.operator_kernel import OperatorKernel
-from bitcore.kernels.registry import STATE, find
+from bitcore.kernels.registry import find, user_kernels
 from bitcore.ops.packing import pack_weights
 from bitlab.bench.layer import WEIGHT_SCALE, Call, Layer, Prepared
 from bitlab.bench.limits import best_path, kernel_path
@@ -103,9 +102,9 @@ def _of_family(activations: str, asked: tuple[str, ...], named: list[BitKernelBa
     if BEST in asked:
         chosen.append(dispatched(config))
     if ALL in asked:
-        chosen += [k for k in (*STATE.user_kernels, *BUILTIN_KERNELS) if k.name not in SLOW_BY_DESIGN]
+        chosen += [k for k in KernelRegistry.all_kernels() if k.name not in SLOW_BY_DESIGN]
     kernels = {kernel.name: kernel for kernel in chosen if kernel.covers(config, "cpu")}
-    order = [kernel.name for kernel in (*STATE.user_kernels, *BUILTIN_KERNELS)]
+    order = [kernel.name for kernel in KernelRegistry.all_kernels()]
     return sorted(kernels.values(), key=lambda kernel: order.index(kernel.name))
 
 
@@ -165,7 +164,7 @@ def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig) -> Co
         layout=layout,
         activations=config.activation_dtype,
         dispatched=kernel.name == dispatched(config).name,
-        registered=any(kernel is mine for mine in STATE.user_kernels),
+        registered=any(kernel is mine for mine in user_kernels()),
         path=kernel_path(kernel, config),
     )
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels.base import BitKernelBase
-from bitcore.kernels.builtin import BUILTIN_KERNELS
+from bitcore.kernels.registry import user_kernels
 from bitlab.bench.limits_library import (
     STREAMS,
     measure_multiply_adds,
@@ -103,7 +103,7 @@ def best_path(family: str) -> str:
 
 def kernel_path(kernel: BitKernelBase, config: BitQuantConfig) -> str:
     """The multiply-adds that a kernel is made of. Of one that is not built in only its activations are known."""
-    if any(kernel is builtin for builtin in BUILTIN_KERNELS):
+    if not any(kernel is mine for mine in user_kernels()):
         for prefix, path in PATHS:
             if kernel.name.startswith(prefix):
                 return path

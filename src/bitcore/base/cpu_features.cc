@@ -1,10 +1,5 @@
 #include "bitcore/base/cpu_features.h"
 
-#include <string_view>
-#include <vector>
-
-#include "bitcore/kernels/registry.h"
-
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif

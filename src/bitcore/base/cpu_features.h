@@ -1,7 +1,13 @@
 // What this CPU and its operating system can run.
 #pragma once
 
+#include <string_view>
+#include <vector>
+
 namespace bitcore {
+
+/// Names of the features that decide between the built-in kernels. Users find it in bitcore/kernels/registry.h.
+std::vector<std::string_view> cpu_features();
 
 // x86-64: and the operating system saves the registers.
 

@@ -5,10 +5,10 @@
 // few sums to make that worth its while for many tokens.
 //
 // A sum is taken in chains, one for each step of 16 k, as docs/contract.md says: in a chain k in order, then the chains
-// in order. That is the same for any number of rows and threads, with and without panels, in both layouts and with every
-// instruction set.
-// With weights -1, 0 and 1 every product is exact, so that a fused multiply-add gives the bits of a product and a sum.
-// Short chains overlap in the processor, where one long chain would wait for the latency of each addition.
+// in order. That is the same for any number of rows and threads, with and without panels, in both layouts and with
+// every instruction set. With weights -1, 0 and 1 every product is exact, so that a fused multiply-add gives the bits
+// of a product and a sum. Short chains overlap in the processor, where one long chain would wait for the latency of
+// each addition.
 //
 // In an unnamed namespace for the reason given in float_types-inl.h.
 #pragma once
@@ -18,6 +18,7 @@
 #include <utility>
 
 #include "bitcore/kernels/base3_recode-inl.h"
+#include "bitcore/kernels/store-inl.h"
 #include "bitcore/kernels/tile_functions.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"

@@ -20,6 +20,7 @@
 #include "bitcore/kernels/base3_recode-inl.h"
 #include "bitcore/kernels/builtin.h"
 #include "bitcore/kernels/int8_words-inl.h"
+#include "bitcore/kernels/store-inl.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
 #include "bitcore/quantize/quantize_avx512-inl.h"

@@ -5,6 +5,7 @@
 // cancel).
 #include "bitcore/kernels/builtin.h"
 #include "bitcore/kernels/int8_neon-inl.h"
+#include "bitcore/kernels/store-inl.h"
 #include "bitcore/quantize/quantize-inl.h"
 
 namespace bitcore {

@@ -6,6 +6,7 @@
 #include <array>
 
 #include "bitcore/kernels/builtin.h"
+#include "bitcore/kernels/store-inl.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
 

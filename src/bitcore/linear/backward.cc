@@ -16,6 +16,7 @@
 #include "bitcore/linear/linear_internal.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
+#include "bitcore/packing/code_rows.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
 #include "bitcore/quantize/row_functions.h"
@@ -106,7 +107,7 @@ void quantize_weights(const std::byte* weights, DType dtype, std::int64_t count,
       values = wide;
     }
     row_functions().ternary_codes(values, size, 0.5f * scale, codes);
-    row_functions().weights_of(codes, size, out_dtype, out + k * out_element);
+    code_rows().weights_of(codes, size, out_dtype, out + k * out_element);
   }
 }
 
@@ -136,7 +137,7 @@ void unpack_row(const TernaryWeight& w, std::int64_t n, std::uint8_t* codes, flo
                             reinterpret_cast<std::byte*>(out));
   }
   unpack_code_row(static_cast<const std::uint8_t*>(w.weight.data), w.shape, n, codes);
-  row_functions().weights_of(codes, w.shape.in_features, DType::float32, out);
+  code_rows().weights_of(codes, w.shape.in_features, DType::float32, out);
 }
 
 void dx_by_loops(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, Executor& executor) {

@@ -9,8 +9,8 @@
 #include "bitcore/base/checks.h"
 #include "bitcore/base/math.h"
 #include "bitcore/base/parallel.h"
+#include "bitcore/packing/code_rows.h"
 #include "bitcore/packing/packing_internal.h"
-#include "bitcore/quantize/row_functions.h"
 
 namespace bitcore {
 namespace {
@@ -87,8 +87,7 @@ struct StepRange {
 std::uint32_t unpack_steps(const std::uint8_t* payload, const PackedShape& shape, std::int64_t row, StepRange range,
                            std::uint8_t* codes) {
   const PackedRow in = row_of(const_cast<std::uint8_t*>(payload), shape, row);
-  const RowFunctions& functions = row_functions();
-  const auto unpack = shape.layout == Layout::base3 ? functions.unpack_base3 : functions.unpack_two_bit;
+  const auto unpack = shape.layout == Layout::base3 ? code_rows().unpack_base3 : code_rows().unpack_two_bit;
   return unpack(in.first_word + range.first * in.word_stride, in.word_stride, range.count, codes);
 }
 
@@ -158,8 +157,7 @@ std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) 
 
 void pack_code_row(const std::uint8_t* codes, const PackedShape& shape, std::int64_t row, std::uint8_t* payload) {
   const PackedRow out = row_of(payload, shape, row);
-  const RowFunctions& functions = row_functions();
-  const auto pack = shape.layout == Layout::base3 ? functions.pack_base3 : functions.pack_two_bit;
+  const auto pack = shape.layout == Layout::base3 ? code_rows().pack_base3 : code_rows().pack_two_bit;
   pack(codes, shape.steps(), out.first_word, out.word_stride);
 }
 
@@ -296,7 +294,7 @@ void unpack_columns(ConstMatrixView packed, std::int64_t in_features, std::int64
                     const std::int64_t last = std::min(shape.out_features, end * kTileRows);
                     for (std::int64_t row = begin * kTileRows; row < last; ++row) {
                       unpack_steps(static_cast<const std::uint8_t*>(packed.data), shape, row, range, codes.data());
-                      row_functions().weights_of(codes.data(), columns.cols, columns.dtype, columns.row(row));
+                      code_rows().weights_of(codes.data(), columns.cols, columns.dtype, columns.row(row));
                     }
                   });
 }

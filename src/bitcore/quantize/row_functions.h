@@ -1,10 +1,10 @@
-// Loops over one row or block that scales, quantization and packing are made of, compiled for several instruction sets:
-// base.cc, packing.cc and bitlinear.cc take those of the best that this CPU has. All give the same bits.
+// Loops over one row or block that scales, quantization and backward are made of, compiled for several instruction
+// sets: row_functions() has those of the best that this CPU has. All give the same bits.
 #pragma once
 
 #include <cstdint>
 
-#include "bitcore/ops/packing.h"
+#include "bitcore/tensor.h"
 
 namespace bitcore {
 
@@ -23,19 +23,6 @@ struct RowFunctions {
 
   /// codes = 1 + (w > half) - (w < -half): with half = scale / 2 the codes of clamp(round(w / scale), -1, 1).
   void (*ternary_codes)(const float* weight, std::int64_t count, float half, std::uint8_t* codes);
-
-  /// Words of `steps` steps of one row, `word_stride` bytes apart.
-  void (*pack_two_bit)(const std::uint8_t* codes, std::int64_t steps, std::uint8_t* words, std::int64_t word_stride);
-  void (*pack_base3)(const std::uint8_t* codes, std::int64_t steps, std::uint8_t* words, std::int64_t word_stride);
-
-  /// Their inverses; nonzero where a code is invalid.
-  std::uint32_t (*unpack_two_bit)(const std::uint8_t* words, std::int64_t word_stride, std::int64_t steps,
-                                  std::uint8_t* codes);
-  std::uint32_t (*unpack_base3)(const std::uint8_t* words, std::int64_t word_stride, std::int64_t steps,
-                                std::uint8_t* codes);
-
-  /// out = codes - 1 as int8, float32, bfloat16 or float16.
-  void (*weights_of)(const std::uint8_t* codes, std::int64_t count, DType dtype, void* out);
 
   /// out = codes as float32, bfloat16 or float16: exact.
   void (*codes_as_floats)(const std::int8_t* codes, std::int64_t count, DType dtype, void* out);

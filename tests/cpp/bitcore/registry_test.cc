@@ -1,5 +1,6 @@
 // The registry as a user and as the author of a kernel sees it.
 #include "bitcore/kernels/registry.h"
+#include "bitcore/ops/bitlinear.h"
 
 #include <algorithm>
 

@@ -1,4 +1,4 @@
-// The row functions of every instruction set of this CPU against plain definitions, bit for bit.
+// The row functions and code rows of every instruction set of this CPU against plain definitions, bit for bit.
 #include "bitcore/quantize/row_functions.h"
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "bitcore/base/cpu_features.h"
-#include "bitcore/packing/packing_internal.h"
+#include "bitcore/packing/code_rows.h"
 #include "support.h"
 
 namespace bitcore {
@@ -25,6 +25,20 @@ std::vector<Named> all_functions() {
 #if defined(__x86_64__)
   if (cpu_has_avx2()) all.push_back({"AVX2", kAvx2RowFunctions});
   if (cpu_has_avx512()) all.push_back({"AVX-512", kAvx512RowFunctions});
+#endif
+  return all;
+}
+
+struct NamedCodeRows {
+  const char* name;
+  const CodeRows& functions;
+};
+
+std::vector<NamedCodeRows> all_code_rows() {
+  std::vector<NamedCodeRows> all = {{"portable", kPortableCodeRows}};
+#if defined(__x86_64__)
+  if (cpu_has_avx2()) all.push_back({"AVX2", kAvx2CodeRows});
+  if (cpu_has_avx512()) all.push_back({"AVX-512", kAvx512CodeRows});
 #endif
   return all;
 }
@@ -125,9 +139,9 @@ TEST(RowFunctions, TernaryCodes) {
   }
 }
 
-TEST(RowFunctions, PackedWords) {
+TEST(CodeRows, PackedWords) {
   std::mt19937 engine(4);
-  for (const Named& named : all_functions()) {
+  for (const NamedCodeRows& named : all_code_rows()) {
     for (const std::int64_t steps : {0, 1, 2, 7, 33}) {
       std::vector<std::uint8_t> codes(static_cast<std::size_t>(steps * 20));
       for (std::uint8_t& code : codes) code = static_cast<std::uint8_t>(engine() % 3);

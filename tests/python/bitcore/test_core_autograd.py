@@ -9,7 +9,8 @@ from torch.autograd import forward_ad
 
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
-from bitcore.ops import _ops, _torch_ops, base, bitlinear
+from bitcore.operators import native, torch_ops
+from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear
 from core_helpers import CONFIGS, DTYPES, PER_TOKEN, Layer, id_of, make_layer
@@ -97,7 +98,7 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(out_features, in_features, generator=generator)
     x = torch.randn(rows, in_features, generator=generator)
-    _, qx, x_scale, qweight, scale = _ops.bitlinear_train(x, weight, None, *config.flags)
+    _, qx, x_scale, qweight, scale = native.bitlinear_train(x, weight, None, *config.flags)
     int8 = config.activation_dtype == "int8"
     kept, kept_scale = (qx, x_scale) if int8 else (x, None)
     wide_x = qx.double() * x_scale.double() if int8 else x.double()
@@ -111,8 +112,8 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
         arguments = (dy, kept, kept_scale, qweight, scale, in_features, config.flags[0])
         expected = (dy.double() @ wide_weight, dy.double().T @ wide_x, dy.double().sum(0))
         for dtypes in ((torch.float32,) * 3, (dtype,) * 3, (torch.float32, None, dtype), (None, dtype, None)):
-            found = _ops.bitlinear_backward(*arguments, *dtypes)
-            plain = _torch_ops.bitlinear_backward(*arguments, *dtypes)
+            found = native.bitlinear_backward(*arguments, *dtypes)
+            plain = torch_ops.bitlinear_backward(*arguments, *dtypes)
             for gradient, same, reference, wanted in zip(found, plain, expected, dtypes, strict=True):
                 if wanted is None:
                     assert gradient.numel() == same.numel() == 0
@@ -121,10 +122,10 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
                 _close(gradient, reference, tolerance)
                 _close(same, reference, tolerance)
             # The floating weight that was quantized serves as well as its codes.
-            from_weight = _ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            from_weight = native.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
             for gradient, same in zip(found, from_weight, strict=True):
                 assert_same_bits(gradient, same)
-            plain_from_weight = _torch_ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            plain_from_weight = torch_ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
             for gradient, same in zip(plain, plain_from_weight, strict=True):
                 assert_same_bits(gradient, same)
 
@@ -140,10 +141,10 @@ def test_a_weight_of_any_dtype_is_quantized_again(
     for last in (weight[-1, -1].item(), math.nan):  # a NaN makes its scale NaN and the codes 0
         weight[-1, -1] = last
         x = torch.ones(1, shape[1])
-        *_, qweight, scale = _ops.bitlinear_train(x, weight, None, per_channel, True, True)
+        *_, qweight, scale = native.bitlinear_train(x, weight, None, per_channel, True, True)
         rest = (scale, shape[1], per_channel, torch.float32, None, None)
         dy = torch.randn(2, shape[0])
-        expected, found = (_ops.bitlinear_backward(dy, None, None, w, *rest)[0] for w in (qweight, weight))
+        expected, found = (native.bitlinear_backward(dy, None, None, w, *rest)[0] for w in (qweight, weight))
         assert_same_bits(found, expected)
 
 
@@ -154,12 +155,10 @@ def test_the_weight_gets_the_same_gradient_in_both_modes(config: BitQuantConfig,
     layer = BitLinear(300, 70, quant_config=config).to(dtype)
     x = torch.randn(rows, 300).to(dtype)
     dy = torch.randn(rows, 70).to(dtype)
-    gradients = []
-    for training in (True, False):
-        layer.train(training)
-        (gradient,) = torch.autograd.grad(layer(x), layer.weight, dy)
-        gradients.append(gradient)
-    assert_same_bits(*gradients)
+    in_training, in_evaluation = (
+        torch.autograd.grad(layer.train(training)(x), layer.weight, dy)[0] for training in (True, False)
+    )
+    assert_same_bits(in_training, in_evaluation)
 
 
 def test_a_changed_parameter_is_noticed() -> None:
@@ -177,8 +176,8 @@ def test_operator_of_gradients_with_codes_and_leading_dimensions() -> None:
     scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
     dy = torch.randn(2, 3, 19)
     rest = (None, None, scale, 37, False, torch.float32, None, torch.float32)
-    packed = _ops.bitlinear_backward(dy, *rest[:2], qweight, *rest[2:])
-    codes = _ops.bitlinear_backward(dy, *rest[:2], base.unpack_weights(qweight, 37), *rest[2:])
+    packed = native.bitlinear_backward(dy, *rest[:2], qweight, *rest[2:])
+    codes = native.bitlinear_backward(dy, *rest[:2], base.unpack_weights(qweight, 37), *rest[2:])
     assert packed[0].shape == (2, 3, 37)
     for one, other in zip(packed, codes, strict=True):
         assert_same_bits(one, other)
@@ -205,11 +204,11 @@ def test_the_operator_of_gradients_refuses(change: dict[int, object], message: s
     scale, qweight = bitlinear.prepare_weights(make_layer(5).weight, PER_TOKEN)
     codes = torch.ones(5, 37, dtype=torch.int8)
     arguments = [torch.ones(5, 19), codes, torch.ones(5, 1), qweight, scale, 37, False, *[torch.float32] * 3]
-    _ops.bitlinear_backward(*arguments)
+    native.bitlinear_backward(*arguments)
     for index, value in change.items():
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
-        _ops.bitlinear_backward(*arguments)
+        native.bitlinear_backward(*arguments)
 
 
 def test_second_derivatives_are_refused() -> None:
@@ -293,7 +292,7 @@ def test_a_non_finite_weight_trains_to_nan_and_never_raises() -> None:
     layer = make_layer(3)
     layer.weight[2, 2] = torch.inf
     for config in CONFIGS:
-        for op in (_ops.bitlinear_train, _ops.torch_bitlinear_train):
+        for op in (native.bitlinear_train, native.torch_bitlinear_train):
             y = op(layer.x, layer.weight, None, *config.flags)[0]
             expected = torch.zeros(3, 19, dtype=torch.bool)
             expected[:, 2 if config.weight_granularity == "per_channel" else slice(None)] = True

@@ -9,7 +9,8 @@ import torch
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import KernelNotFoundError, QuantizationError
 from bitcore.kernels import KernelRegistry
-from bitcore.ops import _ops, base, bitlinear
+from bitcore.operators import native
+from bitcore.ops import base, bitlinear
 from core_helpers import PER_TOKEN, id_of, make_layer
 
 FLOAT32 = BitQuantConfig("per_tensor", "float32", "per_channel")
@@ -55,7 +56,7 @@ def test_a_bound_kernel_called_without_a_tensor(x: Any) -> None:
 def test_an_operator_of_another_device_refuses_native_kernels() -> None:
     layer = make_layer(5)
     with pytest.raises(KernelNotFoundError, match="TorchKernel"):
-        _ops.torch_bitlinear_train(layer.x, layer.weight, None, *PER_TOKEN.flags, None, "Int8PortableKernel")
+        native.torch_bitlinear_train(layer.x, layer.weight, None, *PER_TOKEN.flags, None, "Int8PortableKernel")
 
 
 @pytest.mark.medium

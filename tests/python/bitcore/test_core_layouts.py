@@ -10,7 +10,8 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels.registry import KernelRegistry
-from bitcore.ops import _torch_ops, base, bitlinear
+from bitcore.operators import torch_ops
+from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear
 from core_helpers import CONFIGS, PER_TOKEN, id_of, make_layer
@@ -49,9 +50,9 @@ def test_bytes_are_the_documented_ones(out_features: int, in_features: int, seed
     for layout in filter(lambda name: exists(name, in_features), LAYOUTS):
         packed[layout] = base.pack_weights(codes, layout)
         assert torch.equal(packed[layout], slow_pack(codes, layout))
-        assert torch.equal(packed[layout], _torch_ops.pack_weights(codes, layout))
+        assert torch.equal(packed[layout], torch_ops.pack_weights(codes, layout))
         assert torch.equal(base.unpack_weights(packed[layout], in_features), codes)
-        assert torch.equal(_torch_ops.unpack_weights(packed[layout], in_features), codes)
+        assert torch.equal(torch_ops.unpack_weights(packed[layout], in_features), codes)
     for source in packed.values():
         for target, expected in packed.items():
             assert torch.equal(base.repack(source, in_features, target), expected)
@@ -114,7 +115,7 @@ def test_every_byte_above_242_is_refused() -> None:
             packed[0, 48:56] = torch.tensor(list(total.to_bytes(8, "little")), dtype=torch.uint8)
             calls = (
                 lambda p=packed: base.check_qweight(p, 80),
-                lambda p=packed: _torch_ops.check_qweight(p, 80),
+                lambda p=packed: torch_ops.check_qweight(p, 80),
                 lambda p=packed: bitlinear.forward(
                     torch.ones(1, 80), qweight_scale=torch.ones(()), qweight=p, quant_config=PER_TOKEN
                 ),
@@ -130,7 +131,7 @@ def test_every_byte_above_242_is_refused() -> None:
 def test_a_layout_that_does_not_exist_for_a_width() -> None:
     for in_features in (1, 16, 21, 32, 48, 64):
         codes = torch.zeros(2, in_features, dtype=torch.int8)
-        for pack in (base.pack_weights, _torch_ops.pack_weights):
+        for pack in (base.pack_weights, torch_ops.pack_weights):
             with pytest.raises(QuantizationError, match=rf"1\.6bit.*{in_features} in_features"):
                 pack(codes, "1.6bit")
 
@@ -138,7 +139,7 @@ def test_a_layout_that_does_not_exist_for_a_width() -> None:
 def test_the_size_and_the_trailer_have_to_name_the_same_layout() -> None:
     packed = base.pack_weights(torch.zeros(2, 80, dtype=torch.int8), "1.6bit")
     packed.view(-1)[2 * 16 + 12] = 1
-    for check in (base.check_qweight, _torch_ops.check_qweight):
+    for check in (base.check_qweight, torch_ops.check_qweight):
         with pytest.raises(QuantizationError, match="qweight"):
             check(packed, 80)
 
@@ -160,6 +161,6 @@ def test_padding_that_is_no_zero_is_damage(layout: str) -> None:
     packed.view(-1)[payload - 1] = 0  # The last byte holds the last value of k.
     total = checksum(packed.view(-1)[:payload].numpy().tobytes())
     packed.view(-1)[payload + 32 : payload + 40] = torch.tensor(list(total.to_bytes(8, "little")), dtype=torch.uint8)
-    for check in (base.check_qweight, _torch_ops.check_qweight):
+    for check in (base.check_qweight, torch_ops.check_qweight):
         with pytest.raises(QuantizationError, match="padding"):
             check(packed, 90)

@@ -13,7 +13,8 @@ from torch.library import opcheck
 from bitcore import _library
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
-from bitcore.ops import _ops, _torch_ops, base, bitlinear
+from bitcore.operators import native, torch_ops
+from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits
 from core_helpers import CONFIGS, DTYPES, PER_TOKEN, id_of, make_layer
 
@@ -29,20 +30,20 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4095), (5, 4096), (5, 4097), (17, 5000), (1, 70_001)])
 def test_base_operations_have_the_same_bits(shape: tuple[int, int], per_channel: bool, dtype: torch.dtype) -> None:
     weight = make_layer(out_features=shape[0], in_features=shape[1], dtype=dtype).weight
-    scale = _ops.compute_weight_scale(weight, per_channel)
-    assert_same_bits(scale, _torch_ops.compute_weight_scale(weight, per_channel))
-    codes = _ops.quantize_weight(weight, scale, per_channel)
-    assert torch.equal(codes, _torch_ops.quantize_weight(weight, scale, per_channel))
+    scale = native.compute_weight_scale(weight, per_channel)
+    assert_same_bits(scale, torch_ops.compute_weight_scale(weight, per_channel))
+    codes = native.quantize_weight(weight, scale, per_channel)
+    assert torch.equal(codes, torch_ops.quantize_weight(weight, scale, per_channel))
     assert_same_bits(
-        _ops.dequantize_weight(codes, scale, per_channel), _torch_ops.dequantize_weight(codes, scale, per_channel)
+        native.dequantize_weight(codes, scale, per_channel), torch_ops.dequantize_weight(codes, scale, per_channel)
     )
-    x_scale = _ops.compute_x_scale(weight, True, per_channel)
-    assert_same_bits(x_scale, _torch_ops.compute_x_scale(weight, True, per_channel))
-    qx = _ops.quantize_x(weight, x_scale, per_channel)
-    assert torch.equal(qx, _torch_ops.quantize_x(weight, x_scale, per_channel))
-    assert_same_bits(_ops.dequantize_x(qx, x_scale, per_channel), _torch_ops.dequantize_x(qx, x_scale, per_channel))
+    x_scale = native.compute_x_scale(weight, True, per_channel)
+    assert_same_bits(x_scale, torch_ops.compute_x_scale(weight, True, per_channel))
+    qx = native.quantize_x(weight, x_scale, per_channel)
+    assert torch.equal(qx, torch_ops.quantize_x(weight, x_scale, per_channel))
+    assert_same_bits(native.dequantize_x(qx, x_scale, per_channel), torch_ops.dequantize_x(qx, x_scale, per_channel))
     for ours, plain in zip(
-        _ops.prepare_weights(weight, per_channel), _torch_ops.prepare_weights(weight, per_channel), strict=True
+        native.prepare_weights(weight, per_channel), torch_ops.prepare_weights(weight, per_channel), strict=True
     ):
         assert torch.equal(ours, plain)
 
@@ -55,7 +56,7 @@ def test_every_damaged_byte_is_found(position: int, flip: int) -> None:
     packed = _packed()
     flat = packed.view(-1)
     flat[position % len(flat)] ^= flip
-    for check in (base.check_qweight, _torch_ops.check_qweight):
+    for check in (base.check_qweight, torch_ops.check_qweight):
         with pytest.raises(QuantizationError, match="qweight"):
             check(packed, 37)
 
@@ -80,8 +81,8 @@ def test_opcheck_of_the_layer(config: BitQuantConfig, dtype: torch.dtype) -> Non
     scale, qweight = bitlinear.prepare_weights(weight, config)
     codes = base.quantize_weight(weight, scale, config)
     for inference, training in (
-        (_ops.bitlinear, _ops.bitlinear_train),
-        (_ops.torch_bitlinear, _ops.torch_bitlinear_train),
+        (native.bitlinear, native.bitlinear_train),
+        (native.torch_bitlinear, native.torch_bitlinear_train),
     ):
         opcheck(inference, (x, scale, qweight, bias, *config.flags))
         opcheck(inference, (x[0, 0].detach(), scale, codes, None, *config.flags, torch.bfloat16))
@@ -92,20 +93,20 @@ def test_opcheck_of_the_layer(config: BitQuantConfig, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_opcheck_of_the_base_operations(per_channel: bool) -> None:
     x, weight, _ = make_layer(2, 3)
-    scale, qweight = _ops.prepare_weights(weight, per_channel)
-    codes, x_scale = _ops.quantize_weight(weight, scale, per_channel), _ops.compute_x_scale(x, True, per_channel)
-    opcheck(_ops.compute_weight_scale, (weight, per_channel))
-    opcheck(_ops.quantize_weight, (weight, scale, per_channel))
-    opcheck(_ops.dequantize_weight, (codes, scale, per_channel))
-    opcheck(_ops.compute_x_scale, (x, True, per_channel))
-    opcheck(_ops.compute_x_scale, (x, False, per_channel))
-    opcheck(_ops.quantize_x, (x, x_scale, per_channel))
-    opcheck(_ops.dequantize_x, (_ops.quantize_x(x, x_scale, per_channel), x_scale, per_channel))
-    opcheck(_ops.prepare_weights, (weight, per_channel))
-    opcheck(_ops.pack_weights, (codes,))
-    opcheck(_ops.unpack_weights, (qweight, weight.shape[1]))
-    opcheck(_ops.check_qweight, (qweight, weight.shape[1]))
-    opcheck(_ops.attach_gradient, (x.clone().requires_grad_(), x.clone().half().requires_grad_()))
+    scale, qweight = native.prepare_weights(weight, per_channel)
+    codes, x_scale = native.quantize_weight(weight, scale, per_channel), native.compute_x_scale(x, True, per_channel)
+    opcheck(native.compute_weight_scale, (weight, per_channel))
+    opcheck(native.quantize_weight, (weight, scale, per_channel))
+    opcheck(native.dequantize_weight, (codes, scale, per_channel))
+    opcheck(native.compute_x_scale, (x, True, per_channel))
+    opcheck(native.compute_x_scale, (x, False, per_channel))
+    opcheck(native.quantize_x, (x, x_scale, per_channel))
+    opcheck(native.dequantize_x, (native.quantize_x(x, x_scale, per_channel), x_scale, per_channel))
+    opcheck(native.prepare_weights, (weight, per_channel))
+    opcheck(native.pack_weights, (codes,))
+    opcheck(native.unpack_weights, (qweight, weight.shape[1]))
+    opcheck(native.check_qweight, (qweight, weight.shape[1]))
+    opcheck(native.attach_gradient, (x.clone().requires_grad_(), x.clone().half().requires_grad_()))
 
 
 # ---- devices, autocast -----------------------------------------------------------------------------------------------
@@ -124,10 +125,10 @@ def test_other_devices_have_functions_and_fakes() -> None:
 
 def test_values_that_are_wrong_give_nan_where_raising_would_synchronize(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU does, tried on a CPU: the check that raises is taken out."""
-    monkeypatch.setattr(_torch_ops, "raise_faults", lambda faults: None)
+    monkeypatch.setattr(torch_ops, "raise_faults", lambda faults: None)
     layer = make_layer(4)
     scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
-    run = _torch_ops.bitlinear
+    run = torch_ops.bitlinear
     assert run(layer.x, scale, qweight, None, *PER_TOKEN.flags).isfinite().all()
     for bad_scale in (0.0, -1.0, torch.nan, torch.inf):
         assert run(layer.x, torch.tensor(bad_scale), qweight, None, *PER_TOKEN.flags).isnan().all()

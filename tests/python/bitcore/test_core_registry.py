@@ -19,8 +19,9 @@ from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
 from bitcore.kernels.builtin import BUILTIN_KERNELS, FAMILY_NAMES, tile_calls
-from bitcore.kernels.registry import STATE
-from bitcore.ops import _ops, base, bitlinear
+from bitcore.kernels.registry import selection
+from bitcore.operators import native
+from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits, check_kernel
 from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
 
@@ -43,7 +44,7 @@ class CustomKernel(BitKernelBase):
     ) -> Tensor:
         assert quant_config is not None
         type(self).calls += 1
-        return _ops.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.flags)
+        return native.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.flags)
 
     def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
         return quant_config.activation_dtype == "int8"
@@ -168,7 +169,7 @@ def test_forced_blocks_may_end_in_any_order() -> None:
     assert _kernel_name() == "ReferenceKernel"
     second.__exit__(None, None, None)
     assert _kernel_name() == automatic
-    assert STATE.token == ""
+    assert selection() == ""
 
 
 def test_a_call_sees_one_state_of_the_registry() -> None:
@@ -374,8 +375,8 @@ def test_a_kernel_of_the_standard_form_gets_a_checked_qweight() -> None:
 
 def test_opcheck_of_the_checked_scale() -> None:
     scale, qweight = bitlinear.prepare_weights(make_layer().weight, PER_TOKEN)
-    opcheck(_ops.checked_scale, (scale, qweight, 37))
-    assert _ops.checked_scale(scale.to("meta"), qweight.to("meta"), 37).shape == ()
+    opcheck(native.checked_scale, (scale, qweight, 37))
+    assert native.checked_scale(scale.to("meta"), qweight.to("meta"), 37).shape == ()
 
 
 RESULTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {

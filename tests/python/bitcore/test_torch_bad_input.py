@@ -19,7 +19,8 @@ from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.kernels import KernelRegistry
 from bitcore.kernels.base import BitKernelBase
-from bitcore.ops import _ops, base, bitlinear
+from bitcore.operators import native
+from bitcore.ops import base, bitlinear
 from bitlayers import BitLinear
 from core_helpers import PER_TOKEN, make_layer
 
@@ -113,7 +114,7 @@ class StandardForm(BitKernelBase):
         quant_config: BitQuantConfig | None = None,
     ) -> Tensor:
         assert quant_config is not None
-        return _ops.torch_bitlinear(x, qweight_scale, qweight, bias, *quant_config.flags)
+        return native.torch_bitlinear(x, qweight_scale, qweight, bias, *quant_config.flags)
 
     def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
         return True

@@ -15,7 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bitcore.config import BitQuantConfig
-from bitcore.ops import _ops, bitlinear
+from bitcore.operators import native
+from bitcore.ops import bitlinear
 from bitcore.testing import assert_same_bits
 from bitlayers import BitLinear, deploy
 from core_helpers import CONFIGS, PER_TOKEN, id_of, make_layer
@@ -191,7 +192,7 @@ def test_fakes_read_no_value_and_have_no_size_that_depends_on_one(config: BitQua
 def test_operators_do_not_write_to_their_arguments_nor_return_them() -> None:
     """What a CUDA graph's memory plan relies on."""
     for name in ("bitlinear", "bitlinear_train", "torch_bitlinear", "torch_bitlinear_train", "attach_gradient"):
-        schema = getattr(_ops, name)._schema
+        schema = getattr(native, name)._schema
         assert not schema.is_mutable
         assert all(result.alias_info is None for result in schema.returns)
 

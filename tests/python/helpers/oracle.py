@@ -239,9 +239,9 @@ def float32_forward(x: Floats, weight: Floats, bias: Floats | None, schema: Sche
     """y of float32 activations, the bits that every CPU kernel returns; a row that is not finite is NaN."""
     s_w = weight_scale(weight, schema)
     rows = x.reshape(-1, x.shape[-1])
-    s_x = np.where(np.isfinite(rows).all(axis=1, keepdims=True), np.float32(1), np.float32(np.nan))
+    s_x: Floats = np.where(np.isfinite(rows).all(axis=1, keepdims=True), np.float32(1), np.float32(np.nan))
     with np.errstate(all="ignore"):
-        y = float32_sums(rows, quantize_weight(weight, s_w, schema)) * (s_x * s_w)
+        y = float32_sums(rows, quantize_weight(weight, s_w, schema)) * (s_x * s_w).astype(np.float32)
         y = y if bias is None else y + bias
     assert y.dtype == np.float32
     return round_to(y, dtype).reshape(*x.shape[:-1], weight.shape[0])

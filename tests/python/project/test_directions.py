@@ -30,13 +30,16 @@ PUBLIC = {
     "bitcore/version.h": "base",
 }
 
-# Includes that point up today. Each is to go; none may come.
-KNOWN = {
-    ("include/bitcore/kernels/base.h", "bitcore/ops/bitlinear.h"),
-    ("src/bitcore/base/cpu_features.cc", "bitcore/kernels/registry.h"),
-    ("src/bitcore/packing/packing.cc", "bitcore/quantize/row_functions.h"),
-    ("src/bitcore/quantize/quantize-inl.h", "bitcore/kernels/tile_functions.h"),
-}
+# Within bitcore: modules and packages, each importing only what stands in a line before its own, or in it.
+MODULES = (
+    ("_requirements", "_library", "_torch_private", "exceptions"),
+    ("config",),
+    ("config_keyword",),
+    ("operators",),
+    ("kernels",),
+    ("ops",),
+    ("testing",),
+)
 
 
 def included(text: str) -> list[str]:
@@ -61,15 +64,46 @@ def sources() -> Iterator[tuple[str, str, str]]:
         yield f"include/{header}", folder, (ROOT / "include" / header).read_text()
 
 
-def upward_imports(package: str, text: str) -> list[str]:
-    above = PACKAGES[PACKAGES.index(package) + 1 :]
+def imports(text: str) -> list[tuple[str, str]]:
+    """Each import's module, and what is taken from it."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append(node.module or "")
-    return [name for name in found if name.split(".")[0] in above]
+            found += [(node.module or "", alias.name) for alias in node.names]
+    return found
+
+
+def upward_imports(package: str, text: str) -> list[str]:
+    above = PACKAGES[PACKAGES.index(package) + 1 :]
+    return [module for module, _ in imports(text) if module.split(".")[0] in above]
+
+
+def part_of(module: str, name: str = "") -> str:
+    """The part of bitcore that an import names."""
+    parts = [*module.split("."), name]
+    return parts[1] if parts[0] == "bitcore" else ""
+
+
+def upward_parts(part: str, text: str) -> list[str]:
+    rank = {name: index for index, line in enumerate(MODULES) for name in line}
+    found = {part_of(*taken) for taken in imports(text)} & rank.keys()
+    return sorted(name for name in found if rank[name] > rank[part])
+
+
+def private_imports(package: str, part: str, text: str) -> list[str]:
+    """Names with an underscore that belong to another package, or within bitcore to another part."""
+    found = []
+    for module, name in imports(text):
+        path = [*module.split("."), name]
+        if path[0] not in PACKAGES or (path[0] == package and (package != "bitcore" or path[1] == part)):
+            continue
+        # bitcore's top-level modules with an underscore are for all packages of the project, and for no user.
+        shared = path[0] == "bitcore" and len(path) > 1 and path[1] in MODULES[0]
+        private = [each for each in path[2 if shared else 1 :] if each.startswith("_") and each != "__version__"]
+        found += [f"{module}.{name}"] * bool(private)
+    return found
 
 
 def test_every_public_header_has_a_place() -> None:
@@ -79,7 +113,7 @@ def test_every_public_header_has_a_place() -> None:
 
 def test_no_include_of_the_engine_points_up() -> None:
     found = {(name, header) for name, folder, text in sources() for header in upward_includes(folder, text)}
-    assert found == KNOWN
+    assert found == set()
 
 
 def test_the_engine_knows_neither_torch_nor_python() -> None:
@@ -93,6 +127,31 @@ def test_no_import_points_up(package: str) -> None:
         assert upward_imports(package, path.read_text()) == [], path
 
 
+def parts_of_bitcore() -> Iterator[tuple[str, str, str]]:
+    """Of every file: its name, its part, its text. `__init__` and what runs before it belong to no part."""
+    root = ROOT / "python" / "bitcore"
+    for path in sorted(root.rglob("*.py")):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        if part != "__init__":
+            yield str(path.relative_to(ROOT)), part, path.read_text()
+
+
+def test_no_part_of_bitcore_imports_what_stands_on_it() -> None:
+    listed = {name for line in MODULES for name in line}
+    for name, part, text in parts_of_bitcore():
+        assert part in listed, name
+        assert upward_parts(part, text) == [], name
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_private_name_is_imported_by_another_package(package: str) -> None:
+    root = ROOT / "python" / package
+    for path in root.rglob("*.py"):
+        part = path.relative_to(root).parts[0].removesuffix(".py")
+        if part != "__init__":
+            assert private_imports(package, part, path.read_text()) == [], path
+
+
 def test_an_arrow_that_points_up_is_noticed() -> None:
     planted = '#include "bitcore/base/math.h"\n#include "bitcore/kernels/tile_functions.h"\n'
     assert upward_includes("packing", planted) == ["bitcore/kernels/tile_functions.h"]
@@ -103,3 +162,13 @@ def test_an_arrow_that_points_up_is_noticed() -> None:
         "bitlab.cli",
     ]
     assert upward_imports("bitlab", "import bitmodels\nfrom bitcore import config\n") == []
+    assert upward_parts("kernels", "from bitcore.ops import bitlinear\nfrom bitcore import testing, config\n") == [
+        "ops",
+        "testing",
+    ]
+    assert private_imports("bitlayers", "convert", "from bitcore.kernels.registry import _state, find\n") == [
+        "bitcore.kernels.registry._state"
+    ]
+    assert private_imports(
+        "bitcore", "kernels", "from bitcore.operators._hidden import x\nimport bitcore._library\n"
+    ) == ["bitcore.operators._hidden.x"]

@@ -3,16 +3,16 @@
 They are what the operators run where no native kernel exists, and an independent check of those that do. They never
 synchronize a device except where a docstring says so: on a CPU wrong values raise, elsewhere every output is NaN.
 Nothing here may be traced by a compiler, which could fuse or reorder what must be rounded step by step: that is why
-they stand behind operators. Arguments and results are those of the operators of the same name (`_ops`).
+they stand behind operators. Arguments and results are those of the operators of the same name (`native`).
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitcore.ops import _checks
-from bitcore.ops import _torch_packing as packing
-from bitcore.ops._torch_packing import Fault, raise_faults
+from bitcore.operators import checks
+from bitcore.operators import torch_packing as packing
+from bitcore.operators.torch_packing import Fault, raise_faults
 
 SCALE_FLOOR = 1e-5
 _SUM_BLOCK = 4096
@@ -29,8 +29,8 @@ significant bits, exact in bfloat16 and TF32 as well, and sums are kept in float
 
 
 def compute_weight_scale(weight: Tensor, per_channel: bool) -> Tensor:
-    _checks.floating("weight", weight)
-    _checks.matrix("weight", weight)
+    checks.floating("weight", weight)
+    checks.matrix("weight", weight)
     rows = weight.float().abs()
     total = _fixed_order_sum(rows if per_channel else rows.reshape(1, -1))
     mean = _divide(total, weight.numel() // len(total)).float()
@@ -64,8 +64,8 @@ def _divide(values: Tensor, divisor: int) -> Tensor:
 
 
 def compute_x_scale(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
-    _checks.x_of_scale(x, int8_activations)
-    shape = _checks.x_scale_shape(x, per_channel)
+    checks.x_of_scale(x, int8_activations)
+    shape = checks.x_scale_shape(x, per_channel)
     if not int8_activations:
         return torch.ones(shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
@@ -93,22 +93,22 @@ def _x_scale_column(scale: Tensor, per_channel: bool) -> Tensor:
 
 
 def quantize_weight(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.weight_and_scale(weight, scale, per_channel)
+    checks.weight_and_scale(weight, scale, per_channel)
     return _quantize(weight, _weight_scale_column(scale, per_channel), -1, 1)
 
 
 def dequantize_weight(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.qweight_and_scale(qweight, scale, per_channel)
+    checks.qweight_and_scale(qweight, scale, per_channel)
     return qweight.float() * _weight_scale_column(scale, per_channel)
 
 
 def quantize_x(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.x_and_scale(x, scale, per_channel)
+    checks.x_and_scale(x, scale, per_channel)
     return _quantize(x, _x_scale_column(scale, per_channel), -128, 127)
 
 
 def dequantize_x(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.qx_and_scale(qx, scale, per_channel)
+    checks.qx_and_scale(qx, scale, per_channel)
     return qx.float() * _x_scale_column(scale, per_channel)
 
 
@@ -124,16 +124,16 @@ def prepare_weights(weight: Tensor, per_channel: bool, layout: str = "auto") -> 
 
 def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
     """Synchronizes the device: an invalid code raises."""
-    _checks.plain_codes(qweight)
-    _, in_features = _checks.matrix("qweight", qweight)
-    chosen = _checks.chosen_layout(layout, in_features)
+    checks.plain_codes(qweight)
+    _, in_features = checks.matrix("qweight", qweight)
+    chosen = checks.chosen_layout(layout, in_features)
     raise_faults([_invalid_code(qweight)])
     return packing.pack(qweight, chosen)
 
 
 def unpack_weights(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
     """Synchronizes the device where `check` asks to read every byte."""
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
     codes, faults = packing.unpack(qweight, in_features)
     if check:
         raise_faults(faults + packing.integrity_faults(qweight, in_features))
@@ -166,7 +166,7 @@ def _nan_where_found(faults: list[Fault], values: Tensor) -> Tensor:
 
 def checked_scale(qweight_scale: Tensor, qweight: Tensor, in_features: int) -> Tensor:
     """A copy of the scale after a check, in constant time for each row, of its values and of qweight's trailer."""
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
     faults = [*packing.trailer_faults(qweight, in_features), _unusable_scale(qweight_scale)]
     if qweight.device.type == "cpu":
         raise_faults(faults)
@@ -187,8 +187,8 @@ def bitlinear(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> Tensor:
-    _, dtype = _checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
-    _checks.torch_kernel_only(kernel_name, x.device)
+    _, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    checks.torch_kernel_only(kernel_name, x.device)
     if qweight.dtype == torch.int8:
         codes, faults = qweight, [_invalid_code(qweight)]
     else:
@@ -211,8 +211,8 @@ def bitlinear_train(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, dtype = _checks.training(x, weight, bias, out_dtype)
-    _checks.torch_kernel_only(kernel_name, x.device)
+    _, dtype = checks.training(x, weight, bias, out_dtype)
+    checks.torch_kernel_only(kernel_name, x.device)
     qweight_scale = compute_weight_scale(weight, weight_per_channel)
     codes = quantize_weight(weight, qweight_scale, weight_per_channel)
     qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
@@ -279,7 +279,7 @@ def bitlinear_backward(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
+    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
     nothing = dy.new_empty(0, dtype=torch.float32)
     dx = dweight = dbias = nothing
     rows = dy.reshape(-1, dy.shape[-1])

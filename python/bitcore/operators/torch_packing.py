@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitcore.exceptions import QuantizationError
-from bitcore.ops._checks import MIN_TRAILER_BYTES, STEP_CODES, layout_of
+from bitcore.operators.checks import MIN_TRAILER_BYTES, STEP_CODES, layout_of
 
 TILE_ROWS = 16
 
@@ -101,7 +101,7 @@ def integrity_faults(qweight: Tensor, in_features: int) -> list[Fault]:
 
 def _layout(qweight: Tensor, in_features: int) -> str:
     layout = layout_of(qweight, in_features)
-    assert layout is not None  # _checks.packed has been called.
+    assert layout is not None  # checks.packed has been called.
     return layout
 
 

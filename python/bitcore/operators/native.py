@@ -2,7 +2,7 @@
 
 bindings/torch/library.cc holds their schemas and what a CPU runs. Importing this module loads them. Each has
 
-- a function for every other device: the one of the same name in `_torch_ops`;
+- a function for every other device: the one of the same name in `torch_ops`;
 - a fake (shape and dtype inference) that checks what the operator checks;
 - for the layer, the straight-through backward.
 """
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from bitcore import _library
 from bitcore._torch_private import Function, below_autograd, forward_mode_is_active, is_tracing
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
-from bitcore.ops import _checks, _flops, _torch_ops
+from bitcore.operators import checks, flops, torch_ops
 
 _library.load()
 _lib = torch.library.Library("bitcore", "FRAGMENT")
@@ -47,7 +47,7 @@ def _refuse_nested(op: Any, args: tuple[Any, ...]) -> None:
     # Afterwards, because torch does not even reach an operator's own checks with a nested tensor.
     for argument, value in zip(op._schema.arguments, args, strict=False):
         if isinstance(value, Tensor):
-            _checks.dense(argument.name, value)
+            checks.dense(argument.name, value)
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
@@ -124,7 +124,7 @@ def detached(name: str, tensor: Tensor) -> Tensor:
     Raises:
         QuantizationError: it is None or no tensor.
     """
-    _checks.given(**{name: tensor})
+    checks.given(**{name: tensor})
     return tensor.detach()
 
 
@@ -144,7 +144,7 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def straight_through(value: Tensor, source: Tensor) -> Tensor:
     """A copy of value; its gradient goes to source."""
-    _checks.require(
+    checks.require(
         value.shape == source.shape, f"value has shape {tuple(value.shape)}, source has {tuple(source.shape)}"
     )
     return value.clone(memory_format=torch.contiguous_format)
@@ -164,11 +164,11 @@ for _name in (
     "check_qweight",
     "checked_scale",
 ):
-    _lib.impl(_name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
+    _lib.impl(_name, _without_autocast(getattr(torch_ops, _name)), "CompositeExplicitAutograd")
 for _prefix in _LAYER_PREFIXES:
     for _name in ("bitlinear", "bitlinear_train"):
-        _lib.impl(_prefix + _name, _without_autocast(getattr(_torch_ops, _name)), "CompositeExplicitAutograd")
-_lib.impl("bitlinear_backward", _without_autocast(_torch_ops.bitlinear_backward), "CompositeExplicitAutograd")
+        _lib.impl(_prefix + _name, _without_autocast(getattr(torch_ops, _name)), "CompositeExplicitAutograd")
+_lib.impl("bitlinear_backward", _without_autocast(torch_ops.bitlinear_backward), "CompositeExplicitAutograd")
 _lib.impl("straight_through", straight_through, "CompositeExplicitAutograd")
 
 
@@ -184,81 +184,81 @@ def _weight_scale_like(weight: Tensor, per_channel: bool) -> Tensor:
 
 
 def _packed_like(weight: Tensor, layout: str = "auto") -> Tensor:
-    out_features, in_features = _checks.matrix("qweight", weight)
-    row_bytes = sum(_checks.packed_row_bytes(out_features, in_features, layout))
+    out_features, in_features = checks.matrix("qweight", weight)
+    row_bytes = sum(checks.packed_row_bytes(out_features, in_features, layout))
     return weight.new_empty([out_features, row_bytes], dtype=torch.uint8)
 
 
 @_fake("compute_weight_scale")
 def _(weight: Tensor, per_channel: bool) -> Tensor:
-    _checks.floating("weight", weight)
-    _checks.matrix("weight", weight)
+    checks.floating("weight", weight)
+    checks.matrix("weight", weight)
     return _weight_scale_like(weight, per_channel)
 
 
 @_fake("quantize_weight")
 def _(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.weight_and_scale(weight, scale, per_channel)
+    checks.weight_and_scale(weight, scale, per_channel)
     return weight.new_empty(weight.shape, dtype=torch.int8)
 
 
 @_fake("dequantize_weight")
 def _(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.qweight_and_scale(qweight, scale, per_channel)
+    checks.qweight_and_scale(qweight, scale, per_channel)
     return qweight.new_empty(qweight.shape, dtype=torch.float32)
 
 
 @_fake("compute_x_scale")
 def _(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
-    _checks.x_of_scale(x, int8_activations)
-    return x.new_empty(_checks.x_scale_shape(x, per_channel), dtype=torch.float32)
+    checks.x_of_scale(x, int8_activations)
+    return x.new_empty(checks.x_scale_shape(x, per_channel), dtype=torch.float32)
 
 
 @_fake("quantize_x")
 def _(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.x_and_scale(x, scale, per_channel)
+    checks.x_and_scale(x, scale, per_channel)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @_fake("dequantize_x")
 def _(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    _checks.qx_and_scale(qx, scale, per_channel)
+    checks.qx_and_scale(qx, scale, per_channel)
     return qx.new_empty(qx.shape, dtype=torch.float32)
 
 
 @_fake("prepare_weights")
 def _(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
-    _checks.floating("weight", weight)
-    _checks.matrix("weight", weight)
+    checks.floating("weight", weight)
+    checks.matrix("weight", weight)
     return _weight_scale_like(weight, per_channel), _packed_like(weight, layout)
 
 
 @_fake("pack_weights")
 def _(qweight: Tensor, layout: str = "auto") -> Tensor:
-    _checks.plain_codes(qweight)
+    checks.plain_codes(qweight)
     return _packed_like(qweight, layout)
 
 
 @_fake("unpack_weights")
 def _(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
     return qweight.new_empty([qweight.shape[0], in_features], dtype=torch.int8)
 
 
 @_fake("weight_codes")
 def _(qweight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
     return qweight.new_empty([qweight.shape[0], in_features], dtype=dtype)
 
 
 @_fake("check_qweight")
 def _(qweight: Tensor, in_features: int) -> None:
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
 
 
 @_fake("checked_scale")
 def _(qweight_scale: Tensor, qweight: Tensor, in_features: int) -> Tensor:
-    _checks.packed(qweight, in_features)
+    checks.packed(qweight, in_features)
     return torch.empty_like(qweight_scale)
 
 
@@ -278,7 +278,7 @@ def _fake_bitlinear(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> Tensor:
-    shape, dtype = _checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    shape, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
     return x.new_empty(shape, dtype=dtype)
 
 
@@ -292,8 +292,8 @@ def _fake_bitlinear_train(
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape, dtype = _checks.training(x, weight, bias, out_dtype)
-    x_scale_shape = _checks.x_scale_shape(x, x_per_channel) if int8_activations else [0]
+    shape, dtype = checks.training(x, weight, bias, out_dtype)
+    x_scale_shape = checks.x_scale_shape(x, x_per_channel) if int8_activations else [0]
     return (
         x.new_empty(shape, dtype=dtype),
         x.new_empty(x.shape if int8_activations else [0], dtype=torch.int8),
@@ -316,7 +316,7 @@ def _(
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
+    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
 
     def gradient(shape: list[int], dtype: torch.dtype | None) -> Tensor:
         return dy.new_empty([0] if dtype is None else shape, dtype=dtype or torch.float32)
@@ -489,4 +489,4 @@ attach_gradient = torch.ops.bitcore.straight_through.default
 list_kernels = torch.ops.bitcore.list_kernels.default
 kernel_tile_calls = torch.ops.bitcore.kernel_tile_calls.default
 
-_flops.register()
+flops.register()
