@@ -21,6 +21,7 @@ struct LinearArgs {
   std::span<const float> x_scale;        ///< Empty: the kernel quantizes x itself.
   std::span<const float> qweight_scale;  ///< 1 or out_features floats.
   ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
+  PackedShape shape;        ///< Of qweight: what its trailer says.
   ConstVectorView bias;     ///< Floating, or none.
   BitQuantConfig config;    ///< Which the kernel is compatible with.
   MatrixView y;             ///< Floating (M, out_features).
@@ -46,15 +47,15 @@ class BitKernelBase {
   /// Whether the kernel computes this config.
   virtual bool is_compatible_with(const BitQuantConfig& config) const = 0;
 
-  /// Bytes of scratch memory with which a call for `tokens` rows of x on up to `threads` threads allocates nothing.
-  /// 0 (unless overridden): the kernel takes none and may allocate.
+  /// Bytes of scratch memory with which a call for up to `tokens` rows of x on up to `threads` threads allocates
+  /// nothing. 0 (unless overridden): the kernel takes none and may allocate.
   virtual std::size_t workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig& config,
                                      int threads) const {
     static_cast<void>(tokens), static_cast<void>(shape), static_cast<void>(config), static_cast<void>(threads);
     return 0;
   }
 
-  /// Computes args.y by the contract. Sizes and layout of args.qweight: check_trailer(args.qweight, args.x.cols).
+  /// Computes args.y by the contract.
   /// @throws QuantizationError where the payload of qweight holds an invalid code (y is then unspecified).
   virtual void operator()(const LinearArgs& args) const = 0;
 

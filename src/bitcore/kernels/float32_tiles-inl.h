@@ -177,14 +177,14 @@ struct Float32Direct : Float32Steps<Isa> {
   static constexpr TileFunctions table() {
     return {
         .activation_dtype = ActivationDtype::float32,
-        .direct_tokens = Tokens,
         .token_element = sizeof(float),
         .offset_codes = false,
         .absmax = absmax_bits,
         .quantize = nullptr,
         .pack_tokens = Steps::pack_tokens,
-        .direct = direct<Tokens>,
         .store = store_sums<float>,
+        .direct_tokens = Tokens,
+        .two_bit = {.direct = direct<Tokens>},
         .base3_recode = recode_base3,
     };
   }
@@ -271,12 +271,9 @@ struct Float32Panels : Float32Steps<Isa> {
   }
 
   static constexpr TileFunctions added_to(TileFunctions functions) {
-    functions.panel_rows = kRows;
-    functions.token_tile = Tokens;
-    functions.k_block = Block;
-    functions.panel_element = sizeof(float);
-    functions.unpack_panel = unpack_panel;
-    functions.gemm = gemm<Tokens>;
+    functions.panels = {
+        .rows = kRows, .token_tile = Tokens, .k_block = Block, .element = sizeof(float), .gemm = gemm<Tokens>};
+    functions.two_bit.unpack_panel = unpack_panel;
     return functions;
   }
 };

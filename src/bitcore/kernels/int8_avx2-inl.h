@@ -1,8 +1,8 @@
 // int8 kernels with 256-bit registers: everything but the multiply-add, which the including file brings.
 //
 // Packer: standard form, both layouts. CPU features: AVX2, FMA. Half a step of a full tile is one register with an
-// output row in each 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver
-// starts every sum at minus the sum of the token's activations, which takes the 1 off again.
+// output row in each 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; store
+// takes the sum of a token's activations off every sum, which takes the 1 off again.
 //
 // Panel: [k / 4][16 rows] words of four codes; tokens: [k / 4][token] words of four activations.
 //
@@ -334,22 +334,16 @@ template <class Arithmetic>
 constexpr TileFunctions avx2_tiles() {
   return {
       .activation_dtype = ActivationDtype::int8,
-      .panel_rows = kRows,
-      .token_tile = kTokens,
-      .k_block = kBlock,
-      .direct_tokens = Arithmetic::kDirectTokens,
-      .panel_element = 1,
       .token_element = 1,
       .offset_codes = true,
       .absmax = absmax_bits,
       .quantize = quantize_x_row,
       .pack_tokens = pack_token_words,
-      .unpack_panel = unpack_panel<TwoBit>,
-      .gemm = gemm<Arithmetic>,
-      .direct = direct<Arithmetic, TwoBit>,
       .store = store_sums<std::int32_t>,
-      .base3_unpack_panel = unpack_panel<Base3>,
-      .base3_direct = direct<Arithmetic, Base3>,
+      .direct_tokens = Arithmetic::kDirectTokens,
+      .panels = {.rows = kRows, .token_tile = kTokens, .k_block = kBlock, .element = 1, .gemm = gemm<Arithmetic>},
+      .two_bit = {.unpack_panel = unpack_panel<TwoBit>, .direct = direct<Arithmetic, TwoBit>},
+      .base3 = {.unpack_panel = unpack_panel<Base3>, .direct = direct<Arithmetic, Base3>},
   };
 }
 

@@ -338,21 +338,20 @@ std::uint32_t direct_streams(const std::uint8_t* const* runs, std::int64_t count
 constexpr TileFunctions avx512_tiles() {
   return {
       .activation_dtype = ActivationDtype::int8,
-      .direct_tokens = kTokens,
       .token_element = 1,
       .offset_codes = true,
       .absmax = absmax_bits,
       .quantize = quantize_x_row_avx512,
       .pack_tokens = pack_token_words,
-      .direct = direct<TwoBit>,
       .store = store_sums<std::int32_t>,
-      .direct_rows = kTileRows,
-      .stream_tokens = kStreamTokens<TwoBit>,
-      .direct_streams = direct_streams<TwoBit>,
+      .direct_tokens = kTokens,
+      .two_bit = {.direct = direct<TwoBit>,
+                  .stream_tokens = kStreamTokens<TwoBit>,
+                  .direct_streams = direct_streams<TwoBit>},
 #ifdef __AVX512VBMI__
-      .base3_direct = direct<Base3>,
-      .base3_stream_tokens = kStreamTokens<Base3>,
-      .base3_direct_streams = direct_streams<Base3>,
+      .base3 = {.direct = direct<Base3>,
+                .stream_tokens = kStreamTokens<Base3>,
+                .direct_streams = direct_streams<Base3>},
 #endif
       .base3_recode = recode_base3,
   };

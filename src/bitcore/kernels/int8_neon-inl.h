@@ -1,8 +1,8 @@
 // What the int8 kernels with NEON registers share: the layout, the unpacking, the search for invalid codes.
 //
 // Packer: standard 2-bit form. CPU feature: NEON. A quarter of a step of a full tile is one register with an output row
-// in each 32-bit lane. The code w + 1 is at most 2, hence also a signed operand; the driver starts every sum at minus
-// the sum of the token's activations.
+// in each 32-bit lane. The code w + 1 is at most 2, hence also a signed operand; store takes the sum of a token's
+// activations off every sum, which takes the 1 off again.
 //
 // Panel: [k / 4][16 rows] words of four codes.
 //

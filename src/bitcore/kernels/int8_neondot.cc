@@ -139,20 +139,15 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t, std::int64_t tile_r
 
 constinit const TileFunctions kInt8NeonDotTiles = {
     .activation_dtype = ActivationDtype::int8,
-    .panel_rows = kRows,
-    .token_tile = kTokens,
-    .k_block = kBlock,
-    .direct_tokens = kDirectTokens,
-    .panel_element = 1,
     .token_element = 1,
     .offset_codes = true,
     .absmax = absmax_bits,
     .quantize = quantize_x_row,
     .pack_tokens = pack_tokens,
-    .unpack_panel = unpack_panel,
-    .gemm = gemm,
-    .direct = direct,
     .store = store_sums<std::int32_t>,
+    .direct_tokens = kDirectTokens,
+    .panels = {.rows = kRows, .token_tile = kTokens, .k_block = kBlock, .element = 1, .gemm = gemm},
+    .two_bit = {.unpack_panel = unpack_panel, .direct = direct},
 };
 
 }  // namespace bitcore

@@ -98,20 +98,14 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
 
 constinit const TileFunctions kInt8PortableTiles = {
     .activation_dtype = ActivationDtype::int8,
-    .panel_rows = kRows,
-    .token_tile = kTokens,
-    .k_block = kBlock,
-    .direct_tokens = 0,
-    .panel_element = sizeof(std::int16_t),
     .token_element = sizeof(std::int16_t),
     .offset_codes = false,
     .absmax = absmax_bits,
     .quantize = quantize_x_row,
     .pack_tokens = pack_tokens,
-    .unpack_panel = unpack_panel,
-    .gemm = gemm,
-    .direct = nullptr,
     .store = store_sums<std::int32_t>,
+    .panels = {.rows = kRows, .token_tile = kTokens, .k_block = kBlock, .element = sizeof(std::int16_t), .gemm = gemm},
+    .two_bit = {.unpack_panel = unpack_panel},
 };
 
 }  // namespace bitcore

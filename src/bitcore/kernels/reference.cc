@@ -41,7 +41,7 @@ class ReferenceKernel final : public BitKernelBase {
 
  private:
   static std::vector<std::int8_t> unpack(const LinearArgs& args, std::int64_t out_features, std::int64_t in_features) {
-    const PackedShape shape = check_trailer(args.qweight, in_features);
+    const PackedShape& shape = args.shape;
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(shape.padded_in_features()));
     std::vector<std::int8_t> weights(static_cast<std::size_t>(out_features * in_features));
     for (std::int64_t n = 0; n < out_features; ++n) {

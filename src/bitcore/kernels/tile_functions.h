@@ -42,19 +42,52 @@ struct StoreBlock {
   DType dtype;            ///< Of y.
 };
 
-struct TileFunctions {
-  ActivationDtype activation_dtype;
+/// What reads packed weights of one layout.
+struct LayoutFunctions {
+  /// Unpacks steps [step_begin, step_end) of `rows` <= PanelFunctions::rows packed rows that begin at a tile; absent
+  /// rows may become anything. Returns nonzero where a code is invalid.
+  /// @param tiles First byte of the first tile. @param payload_row_bytes R of docs/packed-format.md.
+  using UnpackPanel = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
+                                        std::int64_t step_begin, std::int64_t step_end, void* panel);
+  UnpackPanel unpack_panel = nullptr;
 
-  std::int64_t panel_rows = 0;  ///< Output rows that gemm computes together; a multiple of kTileRows.
+  /// sums[token * direct_rows + row] = `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
+  /// all k at once. Returns nonzero where a code is invalid.
+  using Direct = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
+                                   std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums);
+  Direct direct = nullptr;
+
+  /// Up to so many tokens direct_streams is used instead of direct.
+  std::int64_t stream_tokens = 0;
+
+  /// sums[(stream * tokens + token) * sums_stride + row] = streams_of(tokens) runs of `count` adjacent full tiles times
+  /// packed tokens. The runs are far from each other in memory, which serves several streams faster than one. Returns
+  /// nonzero where a code is invalid.
+  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
+                                          const void* packed_tokens, std::int64_t tokens, void* sums,
+                                          std::int64_t sums_stride);
+  DirectStreams direct_streams = nullptr;
+};
+
+/// Weights that are unpacked once and then multiplied with many tokens.
+struct PanelFunctions {
+  std::int64_t rows = 0;        ///< Output rows that gemm computes together; a multiple of kTileRows.
   std::int64_t token_tile = 0;  ///< Most rows of x that gemm computes together.
   /// Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
   std::int64_t k_block = 0;
-  /// Most rows of x that direct computes together, up to kMostDirectTokens. Up to as many, direct is used instead of
-  /// unpack_panel and gemm; 0: it never is.
-  std::int64_t direct_tokens;
+  std::int64_t element = 0;  ///< Bytes of one weight.
 
-  std::int64_t panel_element = 0;  ///< Bytes of one weight in an unpacked panel.
-  std::int64_t token_element;      ///< Bytes of one activation as pack_tokens writes it.
+  /// sums[token * rows + row] += sum over k of panel and packed tokens.
+  void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
+               void* sums) = nullptr;
+};
+
+struct TileFunctions {
+  ActivationDtype activation_dtype;
+
+  // ---- x and y ----
+
+  std::int64_t token_element;  ///< Bytes of one activation as pack_tokens writes it.
 
   /// Weights are multiplied as codes w + 1: Activation::sum, taken off every sum at the end, takes the 1 off again.
   bool offset_codes;
@@ -69,49 +102,27 @@ struct TileFunctions {
   /// 4), as gemm and direct read them.
   void (*pack_tokens)(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed);
 
-  /// Unpacks steps [step_begin, step_end) of `rows` <= panel_rows packed rows that begin at a tile; absent rows may
-  /// become anything. Returns nonzero where a code is invalid.
-  /// @param tiles First byte of the first tile. @param payload_row_bytes R of docs/packed-format.md.
-  using UnpackPanel = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
-                                        std::int64_t step_begin, std::int64_t step_end, void* panel);
-  UnpackPanel unpack_panel = nullptr;
-
-  /// sums[token * panel_rows + row] += sum over k of panel and packed tokens. Null: direct serves any number of rows of
-  /// x, direct_tokens at a time, and what belongs to panels stays unset.
-  void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
-               void* sums) = nullptr;
-
-  /// sums[token * direct_rows + row] = `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
-  /// all k at once. Returns nonzero where a code is invalid. Null where direct_tokens is 0.
-  using Direct = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
-                                   std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums);
-  Direct direct;
-
   /// y = float(sums - x.sum) * (x.scale * w_scale) + bias.
   void (*store)(const StoreBlock& block);
 
+  // ---- weights ----
+
+  /// Most rows of x that direct computes together, up to kMostDirectTokens. Up to as many, direct is used instead of
+  /// panels; without panels it serves any number of rows, so many at a time. 0: there is no direct.
+  std::int64_t direct_tokens = 0;
   std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
-  /// sums[(stream * tokens + token) * sums_stride + row] = streams_of(tokens) runs of `count` adjacent full tiles times
-  /// packed tokens. The runs are far from each other in memory, which serves several streams faster than one. Returns
-  /// nonzero where a code is invalid.
-  using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
-                                          const void* packed_tokens, std::int64_t tokens, void* sums,
-                                          std::int64_t sums_stride);
-  std::int64_t stream_tokens = 0;  ///< Up to so many tokens direct_streams is used instead of direct.
-  DirectStreams direct_streams = nullptr;
+  PanelFunctions panels = {};  ///< Without gemm there are none.
 
-  // The 1.6-bit layout. A kernel that has none of these still reads it: the driver rewrites tiles at 2 bits first.
-
-  UnpackPanel base3_unpack_panel = nullptr;  ///< unpack_panel for 1.6 bits.
-  Direct base3_direct = nullptr;             ///< direct for 1.6 bits.
-  std::int64_t base3_stream_tokens = 0;
-  DirectStreams base3_direct_streams = nullptr;
+  LayoutFunctions two_bit = {};
+  LayoutFunctions base3 = {};  ///< What is null here, the driver does on tiles that it rewrites at 2 bits first:
 
   /// Rewrites steps [step_begin, step_end) of one 1.6-bit tile as a 2-bit tile of ceil(20 / 16 * steps) steps, padded
   /// with code 1. Returns nonzero where a code is invalid. Null: the driver's own, compiled for any CPU.
   std::uint32_t (*base3_recode)(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t step_begin,
                                 std::int64_t step_end, std::uint8_t* recoded) = nullptr;
+
+  const LayoutFunctions& layout(Layout layout) const { return layout == Layout::base3 ? base3 : two_bit; }
 };
 
 }  // namespace bitcore

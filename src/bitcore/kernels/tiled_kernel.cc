@@ -52,36 +52,81 @@ constexpr std::int64_t kLanes = 16;
 
 // How one call is cut into pieces: a function of its sizes alone.
 struct Plan {
-  Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads) {
-    const bool base3 = shape.layout == Layout::base3;
-    direct = f.gemm == nullptr || tokens <= f.direct_tokens;
-    token_tile = direct ? f.direct_tokens : f.token_tile;
-    recode = base3 && (direct ? f.base3_direct == nullptr : f.base3_unpack_panel == nullptr);
+  Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads)
+      : macs(tokens * shape.in_features * shape.out_features) {
+    choose_way(f, tokens, shape.layout);
+    measure_rows(f, shape);
+    size_k_block(f, shape.layout);
+    most_threads = static_cast<int>(std::clamp<std::int64_t>(macs / kMacsPerThread, 1, std::max(1, threads)));
+    size_token_block(f, tokens);
+    split_work(f, tokens, shape);
+  }
+
+  // Panels are of equal size, up to one unit, so that threads finish together.
+  std::int64_t first_row(std::int64_t panel) const { return panel * units / panels * panel_unit; }
+
+  std::int64_t macs;  // multiply-adds of the call
+
+  // ---- the way: few tokens times packed weights, many times unpacked panels ----
+  bool direct;              // packed weights are multiplied as they are
+  bool recode;              // 1.6-bit tiles are rewritten at 2 bits
+  std::int64_t token_tile;  // most rows of x that are multiplied together
+  std::int64_t panel_unit;  // output rows that the kernel computes together
+
+  // ---- activations ----
+  std::int64_t x_element;  // bytes of an activation in row-major form
+  std::int64_t k_padded;
+  std::int64_t row_bytes;    // of a row of activations in row-major form
+  std::int64_t token_bytes;  // of a row of packed activations
+  std::int64_t k_block;
+  std::int64_t block_tokens;  // packed and multiplied before the next ones
+
+  // ---- threads ----
+  int most_threads;
+  bool own_x;  // each thread packs the one tile of tokens for itself: one alone would take as long
+  std::int64_t units;
+  bool whole_runs;      // a thread takes all of its panels together, unless another has begun with them
+  std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
+  std::int64_t splits;  // of the tokens of a block
+
+ private:
+  void choose_way(const TileFunctions& f, std::int64_t tokens, Layout layout) {
+    direct = f.panels.gemm == nullptr || tokens <= f.direct_tokens;
+    token_tile = direct ? f.direct_tokens : f.panels.token_tile;
+    panel_unit = direct ? f.direct_rows : f.panels.rows;
+    const LayoutFunctions& functions = f.layout(layout);
+    const bool reads_it = direct ? functions.direct != nullptr : functions.unpack_panel != nullptr;
+    recode = layout == Layout::base3 && !reads_it;
+  }
+
+  void measure_rows(const TileFunctions& f, const PackedShape& shape) {
     x_element = f.activation_dtype == ActivationDtype::int8 ? 1 : 4;
     k_padded = round_up(shape.padded_in_features(), recode ? kStepCodes : 4);
     row_bytes = round_up(k_padded * x_element, 64);
     token_bytes = k_padded * f.token_element;
+  }
 
+  // Blocks of equal size, up to one step of the layout.
+  void size_k_block(const TileFunctions& f, Layout layout) {
     k_block = k_padded;
-    if (!direct) {
-      const std::int64_t unit = base3 ? kBlockCodes : kStepCodes;
-      const std::int64_t most = std::max(unit, f.k_block / unit * unit);
-      k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
-    }
+    if (direct) return;
+    const std::int64_t unit = layout == Layout::base3 ? kBlockCodes : kStepCodes;
+    const std::int64_t most = std::max(unit, f.panels.k_block / unit * unit);
+    k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
+  }
 
-    const std::int64_t macs = tokens * shape.in_features * shape.out_features;
-    most_threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, macs / kMacsPerThread)));
-
+  void size_token_block(const TileFunctions& f, std::int64_t tokens) {
     std::int64_t fitting = kActivationBlockBytes / token_bytes;
-    if (!direct) fitting = std::min(fitting, kPanelSumBytes / (4 * f.panel_rows));
+    if (!direct) fitting = std::min(fitting, kPanelSumBytes / (4 * f.panels.rows));
     block_tokens = std::min(tokens, round_up(std::max(fitting, kMostDirectTokens), token_tile));
+  }
 
-    own_x = most_threads > 1 && tokens <= token_tile && f.activation_dtype == ActivationDtype::int8;
-
-    panel_unit = direct ? f.direct_rows : f.panel_rows;
+  void split_work(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) {
+    const bool one_tile = tokens <= token_tile;
+    own_x = most_threads > 1 && one_tile && f.activation_dtype == ActivationDtype::int8;
     units = ceil_div(shape.out_features, panel_unit);
-    whole_runs = direct && !recode && tokens <= token_tile && most_threads > 1;
-    panels = direct ? direct_panels(f, tokens, shape) : units;
+    whole_runs = direct && !recode && one_tile && most_threads > 1;
+    panels = direct ? direct_panels(one_tile, shape) : units;
     // Where there are fewer panels than threads could take, the tokens are split as well.
     const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
     splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, token_tile));
@@ -90,39 +135,18 @@ struct Plan {
   // A panel is a run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what
   // comes. A thread multiplies all panels of its own together with one tile of tokens; several tiles of tokens find the
   // weights in the second-level cache; a rewritten tile serves all tokens.
-  std::int64_t direct_panels(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape) const {
+  std::int64_t direct_panels(bool one_tile, const PackedShape& shape) const {
     if (recode) return units;
     std::int64_t least = most_threads;
     if (whole_runs) {
-      const std::int64_t macs = tokens * shape.in_features * shape.out_features;
       least = round_up(ceil_div(macs, kMacsPerUnit), most_threads);
-    } else if (tokens > token_tile) {
+    } else if (!one_tile) {
       const std::int64_t fitting =
-          std::max<std::int64_t>(1, kPanelWeightBytes / (f.direct_rows * shape.payload_row_bytes));
+          std::max<std::int64_t>(1, kPanelWeightBytes / (panel_unit * shape.payload_row_bytes));
       least = std::max(least, round_up(ceil_div(units, fitting), most_threads));
     }
     return std::min(units, least);
   }
-
-  // Panels are of equal size, up to one unit, so that threads finish together.
-  std::int64_t first_row(std::int64_t panel) const { return panel * units / panels * panel_unit; }
-
-  bool direct;              // packed weights are multiplied as they are
-  bool recode;              // 1.6-bit tiles are rewritten at 2 bits
-  std::int64_t token_tile;  // most rows of x that are multiplied together
-  std::int64_t x_element;   // bytes of an activation in row-major form
-  std::int64_t k_padded;
-  std::int64_t row_bytes;    // of a row of activations in row-major form
-  std::int64_t token_bytes;  // of a row of packed activations
-  std::int64_t k_block;
-  int most_threads;
-  std::int64_t block_tokens;  // packed and multiplied before the next ones
-  bool own_x;                 // each thread packs the one tile of tokens for itself: one alone would take as long
-  std::int64_t panel_unit;    // output rows that the kernel computes together
-  std::int64_t units;
-  bool whole_runs;      // a thread takes all of its panels together, unless another has begun with them
-  std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
-  std::int64_t splits;
 };
 
 // The first unit of a thread's run that no thread has taken yet.
@@ -187,8 +211,8 @@ struct Buffers {
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
     if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_unit * plan.k_block / 4 + kTrailerBytes);
     if (plan.direct) return thread;
-    thread.panel = arena.take<std::byte>(plan.k_block * f.panel_rows * f.panel_element);
-    thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panel_rows);
+    thread.panel = arena.take<std::byte>(plan.k_block * f.panels.rows * f.panels.element);
+    thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panels.rows);
     return thread;
   }
 
@@ -424,67 +448,93 @@ class Run {
     });
   }
 
+  // Adjacent packed rows, from `row` on, in a layout that `direct` reads.
+  struct PackedRows {
+    const std::uint8_t* tiles;
+    std::int64_t row_bytes;
+    std::int64_t steps;
+    LayoutFunctions::Direct direct;
+    std::int64_t row, rows;
+  };
+
+  // A tile of tokens, packed, and where its sums go before they are stored.
+  struct TokenTile {
+    std::int64_t token, tokens;
+    const std::byte* packed;
+    const Activation* x;
+    std::int32_t* sums;
+  };
+
+  const LayoutFunctions& layout() const { return f_.layout(shape_.layout); }
+
+  // Tile `tile` of a block of tokens.
+  TokenTile token_tile(std::int64_t tile, const TokenTiles& of, const Thread& thread, std::int32_t* sums) const {
+    const std::int64_t first = first_token(tile, of.count);
+    return {of.block + first, first_token(tile + 1, of.count) - first,
+            packed_tile(thread.x, 0, plan_.k_padded, first, of.count), thread.x.activations + first, sums};
+  }
+
   // Packed weights are multiplied as they are: every tile of tokens reads all of the panel.
   std::uint32_t multiply_packed(std::int64_t row, std::int64_t rows, const TokenTiles& of, const Thread& thread) {
-    const std::uint8_t* tiles = payload_ + row * shape_.payload_row_bytes;
-    std::int64_t row_bytes = shape_.payload_row_bytes;
-    std::int64_t steps = shape_.steps();
-    TileFunctions::Direct direct = shape_.layout == Layout::base3 ? f_.base3_direct : f_.direct;
-    std::uint32_t invalid = 0;
-    if (plan_.recode) {
-      const std::int64_t recoded_steps = plan_.k_padded / kStepCodes;
-      invalid |= recode_rows(tiles, rows, 0, steps, recoded_steps, thread.recoded);
-      tiles = thread.recoded;
-      row_bytes = recoded_steps * 4;
-      steps = recoded_steps;
-      direct = f_.direct;
-    }
+    PackedRows w = {payload_ + row * shape_.payload_row_bytes,
+                    shape_.payload_row_bytes,
+                    shape_.steps(),
+                    layout().direct,
+                    row,
+                    rows};
+    std::uint32_t invalid = plan_.recode ? recode_panel(w, thread.recoded) : 0;
     alignas(kCacheLine) std::int32_t sums[kKeptSums];
     for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
-      const std::int64_t first = first_token(tile, of.count);
-      const std::int64_t tokens = first_token(tile + 1, of.count) - first;
-      const std::byte* packed = packed_tile(thread.x, 0, plan_.k_padded, first, of.count);
-      const Activation* x = thread.x.activations + first;
-      const std::int64_t streamed = multiply_streams(row, rows, of.block + first, tokens, packed, x, sums, invalid);
-      const std::int64_t kept_rows = kKeptSums / (tokens * f_.direct_rows) * f_.direct_rows;
-      for (std::int64_t kept = streamed; kept < rows; kept += kept_rows) {
-        const std::int64_t end = std::min(rows, kept + kept_rows);
-        for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
-          const std::int64_t group_rows = std::min(f_.direct_rows, end - r);
-          prefetch_outputs(of.block + first, tokens, row + r, group_rows);
-          invalid |=
-              direct(tiles + r * row_bytes, row_bytes, group_rows, steps, packed, tokens, sums + (r - kept) * tokens);
-        }
-        for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
-          store(sums + (r - kept) * tokens, f_.direct_rows, of.block + first, tokens, row + r,
-                std::min(f_.direct_rows, end - r), x);
-        }
-      }
+      const TokenTile t = token_tile(tile, of, thread, sums);
+      const std::int64_t streamed = multiply_streams(w, t, invalid);
+      invalid |= multiply_rows(w, streamed, t);
     }
     count_tile_calls(ceil_div(rows, f_.direct_rows) * (of.end - of.begin));
     return invalid;
   }
 
-  // Few tokens times as many of the first rows as make equal runs of full tiles, which are read side by side. Returns
-  // their number.
-  std::int64_t multiply_streams(std::int64_t row, std::int64_t rows, std::int64_t token, std::int64_t tokens,
-                                const std::byte* packed, const Activation* x, std::int32_t* sums,
-                                std::uint32_t& invalid) const {
-    const bool base3 = shape_.layout == Layout::base3;
-    if (tokens > (base3 ? f_.base3_stream_tokens : f_.stream_tokens)) return 0;
-    const auto direct = base3 ? f_.base3_direct_streams : f_.direct_streams;
-    const std::int64_t streams = streams_of(tokens);
-    const std::int64_t run = rows / (streams * kTileRows) * kTileRows;
-    const std::int64_t kept_rows = kKeptSums / (streams * tokens) / kTileRows * kTileRows;
-    for (std::int64_t kept = 0; kept < run; kept += kept_rows) {
-      const std::int64_t end = std::min(run, kept + kept_rows);
-      const std::uint8_t* runs[kMostStreams];
-      for (std::int64_t s = 0; s < streams; ++s) {
-        runs[s] = payload_ + (row + s * run + kept) * shape_.payload_row_bytes;
+  // Turns 1.6-bit rows into the same rows at 2 bits. Returns nonzero where a code is invalid.
+  std::uint32_t recode_panel(PackedRows& w, std::uint8_t* recoded) const {
+    const std::int64_t steps = plan_.k_padded / kStepCodes;
+    const std::uint32_t invalid = recode_rows(w.tiles, w.rows, 0, w.steps, steps, recoded);
+    w = {recoded, steps * 4, steps, f_.two_bit.direct, w.row, w.rows};
+    return invalid;
+  }
+
+  // Rows [first, rows) of the panel times a tile of tokens: so many sums at a time as are kept, then stored.
+  std::uint32_t multiply_rows(const PackedRows& w, std::int64_t first, const TokenTile& t) const {
+    const std::int64_t kept_rows = kKeptSums / (t.tokens * f_.direct_rows) * f_.direct_rows;
+    std::uint32_t invalid = 0;
+    for (std::int64_t kept = first; kept < w.rows; kept += kept_rows) {
+      const std::int64_t end = std::min(w.rows, kept + kept_rows);
+      for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
+        const std::int64_t group_rows = std::min(f_.direct_rows, end - r);
+        prefetch_outputs(t.token, t.tokens, w.row + r, group_rows);
+        invalid |= w.direct(w.tiles + r * w.row_bytes, w.row_bytes, group_rows, w.steps, t.packed, t.tokens,
+                            t.sums + (r - kept) * t.tokens);
       }
-      invalid |= direct(runs, (end - kept) / kTileRows, shape_.steps(), packed, tokens, sums, kept_rows);
+      for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
+        store(t.sums + (r - kept) * t.tokens, f_.direct_rows, t.token, t.tokens, w.row + r,
+              std::min(f_.direct_rows, end - r), t.x);
+      }
+    }
+    return invalid;
+  }
+
+  // Few tokens times as many of the first rows as make equal runs of full tiles, which are read side by side. Returns
+  // their number: 0 where the tokens are too many, or the kernel has no streams.
+  std::int64_t multiply_streams(const PackedRows& w, const TokenTile& t, std::uint32_t& invalid) const {
+    if (t.tokens > layout().stream_tokens) return 0;
+    const std::int64_t streams = streams_of(t.tokens);
+    const std::int64_t run = w.rows / (streams * kTileRows) * kTileRows;
+    const std::int64_t kept_rows = kKeptSums / (streams * t.tokens) / kTileRows * kTileRows;
+    for (std::int64_t kept = 0; kept < run; kept += kept_rows) {
+      const std::int64_t count = std::min(run - kept, kept_rows);
+      const std::uint8_t* runs[kMostStreams];
+      for (std::int64_t s = 0; s < streams; ++s) runs[s] = w.tiles + (s * run + kept) * w.row_bytes;
+      invalid |= layout().direct_streams(runs, count / kTileRows, w.steps, t.packed, t.tokens, t.sums, kept_rows);
       for (std::int64_t s = 0; s < streams; ++s) {
-        store(sums + s * tokens * kept_rows, kept_rows, token, tokens, row + s * run + kept, end - kept, x);
+        store(t.sums + s * t.tokens * kept_rows, kept_rows, t.token, t.tokens, w.row + s * run + kept, count, t.x);
       }
     }
     return streams * run;
@@ -499,14 +549,14 @@ class Run {
       for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
         const std::int64_t first = first_token(tile, of.count);
         const std::int64_t tokens = first_token(tile + 1, of.count) - first;
-        std::int32_t* sums = thread.sums + (first - base) * f_.panel_rows;
+        std::int32_t* sums = thread.sums + (first - base) * f_.panels.rows;
         const Activation* x = thread.x.activations + first;
-        if (k == 0) std::fill_n(sums, tokens * f_.panel_rows, 0);  // the bits of int32 and float zero are the same
+        if (k == 0) std::fill_n(sums, tokens * f_.panels.rows, 0);  // the bits of int32 and float zero are the same
         const bool last_block = k + plan_.k_block >= plan_.k_padded;
         if (last_block) prefetch_outputs(of.block + first, tokens, row, rows);
         prefetch_weights(row, k, tile - of.begin, of.end - of.begin);
-        f_.gemm(thread.panel, packed_tile(thread.x, k, k_count(k), first, of.count), tokens, k_count(k), sums);
-        if (last_block) store(sums, f_.panel_rows, of.block + first, tokens, row, rows, x);
+        f_.panels.gemm(thread.panel, packed_tile(thread.x, k, k_count(k), first, of.count), tokens, k_count(k), sums);
+        if (last_block) store(sums, f_.panels.rows, of.block + first, tokens, row, rows, x);
       }
     }
     count_tile_calls(ceil_div(plan_.k_padded, plan_.k_block) * (of.end - of.begin));
@@ -528,9 +578,9 @@ class Run {
     std::int64_t next_k = k + plan_.k_block;
     if (next_k >= plan_.k_padded) {
       next_k = 0;
-      row += f_.panel_rows;
+      row += f_.panels.rows;
     }
-    const std::int64_t rows = std::min(f_.panel_rows, shape_.out_features - row);
+    const std::int64_t rows = std::min(f_.panels.rows, shape_.out_features - row);
     const std::int64_t step = next_k / step_codes(shape_.layout);
     const std::int64_t steps = std::min(shape_.steps() - step, plan_.k_block / step_codes(shape_.layout));
     for (std::int64_t r = 0; r < rows; r += kTileRows) {
@@ -548,12 +598,11 @@ class Run {
     const std::int64_t step = k / step_codes(shape_.layout);
     const std::int64_t last = std::min(shape_.steps(), (k + plan_.k_block) / step_codes(shape_.layout));
     if (!plan_.recode) {
-      const auto unpack = shape_.layout == Layout::base3 ? f_.base3_unpack_panel : f_.unpack_panel;
-      return unpack(tiles, shape_.payload_row_bytes, rows, step, last, thread.panel);
+      return layout().unpack_panel(tiles, shape_.payload_row_bytes, rows, step, last, thread.panel);
     }
     const std::int64_t steps = k_count(k) / kStepCodes;
     const std::uint32_t invalid = recode_rows(tiles, rows, step, last, steps, thread.recoded);
-    return invalid | f_.unpack_panel(thread.recoded, steps * 4, rows, 0, steps, thread.panel);
+    return invalid | f_.two_bit.unpack_panel(thread.recoded, steps * 4, rows, 0, steps, thread.panel);
   }
 
   // Steps [step_begin, step_end) of 1.6-bit rows that begin at a tile as `recoded_steps` steps of 2 bits.
@@ -593,17 +642,24 @@ std::size_t bytes_of(const TileFunctions& f, const Plan& plan, const PackedShape
 
 }  // namespace
 
+// More tokens take no less memory, but for the two counts at which a call goes another way.
 std::size_t TiledKernel::workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig&,
                                         int threads) const {
-  return tokens == 0 ? 0 : bytes_of(functions_, Plan(functions_, tokens, shape, threads), shape);
+  std::size_t bytes = 0;
+  for (const std::int64_t count : {tokens, functions_.direct_tokens, functions_.panels.token_tile}) {
+    if (count < 1 || count > tokens) continue;
+    bytes = std::max(bytes, bytes_of(functions_, Plan(functions_, count, shape, threads), shape));
+  }
+  return bytes;
 }
 
 void TiledKernel::operator()(const LinearArgs& args) const {
   if (args.x.rows == 0) return;
-  const PackedShape shape = check_trailer(args.qweight, args.x.cols);
-  const Plan plan(functions_, args.x.rows, shape, threads_of(*args.executor));
-  const auto run = [&](std::byte* memory) { count_tiles(Run(functions_, args, shape, plan, Arena(memory)).run()); };
-  const std::size_t bytes = bytes_of(functions_, plan, shape);
+  const Plan plan(functions_, args.x.rows, args.shape, threads_of(*args.executor));
+  const auto run = [&](std::byte* memory) {
+    count_tiles(Run(functions_, args, args.shape, plan, Arena(memory)).run());
+  };
+  const std::size_t bytes = bytes_of(functions_, plan, args.shape);
   if (!args.workspace.empty()) {
     assert(args.workspace.size() >= bytes);
     run(args.workspace.data());

@@ -2,14 +2,12 @@
 #include "bitcore/ops/bitlinear.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <limits>
 
 #include "bitcore/base/checks.h"
 #include "bitcore/base/parallel.h"
 #include "bitcore/kernels/registry.h"
-#include "bitcore/kernels/tile_functions.h"
 #include "bitcore/linear/linear_internal.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/packing/packing_internal.h"
@@ -19,16 +17,16 @@
 namespace bitcore::bitlinear {
 namespace {
 
-// The width of x that a qweight of either form takes.
-std::int64_t in_features_of(ConstMatrixView qweight) {
+// The sizes of a qweight of either form; those of codes once they are packed.
+PackedShape shape_of(ConstMatrixView qweight) {
   if (qweight.dtype == DType::int8) {
     check_view(qweight, "qweight");
-    return qweight.cols;
+    return packed_shape(qweight.rows, qweight.cols);
   }
   if (qweight.dtype != DType::uint8) {
     fail("qweight must be packed uint8 or int8 codes, got ", to_string(qweight.dtype));
   }
-  return read_trailer(qweight).in_features;
+  return read_trailer(qweight);
 }
 
 void check_scale_values(std::span<const float> scale) {
@@ -41,11 +39,11 @@ void check_scale_values(std::span<const float> scale) {
   }
 }
 
-// Everything that can be checked in constant time.
-void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight,
-                   ConstVectorView bias, const BitQuantConfig& config, MatrixView y) {
-  const std::int64_t in_features = in_features_of(qweight);
-  if (x.cols != in_features) fail("x has ", x.cols, " features, qweight expects ", in_features);
+// Everything that can be checked in constant time. Returns the shape of qweight.
+PackedShape check_forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight,
+                          ConstVectorView bias, const BitQuantConfig& config, MatrixView y) {
+  const PackedShape shape = shape_of(qweight);
+  if (x.cols != shape.in_features) fail("x has ", x.cols, " features, qweight expects ", shape.in_features);
   check_qweight_scale(qweight_scale, qweight.rows, config);
   check_view(bias, "bias");
   if (bias) {
@@ -55,6 +53,7 @@ void check_forward(ConstMatrixView x, std::span<const float> qweight_scale, Cons
   check_floating(y.dtype, "y");
   check_shape(y.rows, y.cols, x.rows, qweight.rows, "y");
   check_view(y, "y");
+  return shape;
 }
 
 KernelRegistry::KernelPtr kernel_of(const BitQuantConfig& config, const Options& options) {
@@ -70,22 +69,19 @@ void run_kernel(LinearArgs args, const Options& options) {
   const KernelRegistry::KernelPtr kernel = kernel_of(args.config, options);
   args.executor = &executor_of(options);
   const int threads = threads_of(*args.executor);
-  if (args.qweight.dtype == DType::uint8) {
-    check_span(options.workspace, "workspace");
-    if (!options.workspace.empty()) {
-      const PackedShape shape = read_trailer(args.qweight);
-      const std::size_t needed = kernel->workspace_size(args.x.rows, shape, args.config, threads);
-      if (options.workspace.size() < needed) {
-        fail("workspace has ", options.workspace.size(), " bytes, this call needs ", needed, ": see workspace_size");
-      }
-      args.workspace = options.workspace;
-    }
-    (*kernel)(args);
-    return;
+  check_span(options.workspace, "workspace");
+  if (args.qweight.dtype == DType::int8) {
+    const std::vector<std::uint8_t> packed = pack_weights(args.qweight);
+    args.qweight = {packed.data(), args.shape.out_features, args.shape.row_bytes()};
+    return (*kernel)(args);
   }
-  const std::vector<std::uint8_t> packed = pack_weights(args.qweight);
-  const PackedShape shape = packed_shape(args.qweight.rows, args.qweight.cols);
-  args.qweight = {packed.data(), shape.out_features, shape.row_bytes()};
+  if (!options.workspace.empty()) {
+    const std::size_t needed = kernel->workspace_size(args.x.rows, args.shape, args.config, threads);
+    if (options.workspace.size() < needed) {
+      fail("workspace has ", options.workspace.size(), " bytes, this call needs ", needed, ": see workspace_size");
+    }
+    args.workspace = options.workspace;
+  }
   (*kernel)(args);
 }
 
@@ -157,23 +153,16 @@ std::size_t workspace_size(std::int64_t rows, const PackedShape& shape, const Bi
                            const Options& options) {
   if (rows < 0) fail("rows must be at least 0, got ", rows);
   packed_shape(shape.out_features, shape.in_features, shape.layout);  // bounds of the sizes
-  const KernelRegistry::KernelPtr kernel = kernel_of(config, options);
-  const int threads = threads_of(executor_of(options));
-  // Fewer rows may go another way, which may need more.
-  std::size_t bytes = 0;
-  for (std::int64_t fewer = std::min<std::int64_t>(rows, kMostDirectTokens + 1); fewer >= 1; --fewer) {
-    bytes = std::max(bytes, kernel->workspace_size(fewer, shape, config, threads));
-  }
-  return std::max(bytes, kernel->workspace_size(rows, shape, config, threads));
+  return kernel_of(config, options)->workspace_size(rows, shape, config, threads_of(executor_of(options)));
 }
 
 void forward(ConstMatrixView x, std::span<const float> qweight_scale, ConstMatrixView qweight, ConstVectorView bias,
              const BitQuantConfig& config, MatrixView y, const Options& options) {
   check_floating(x.dtype, "x");
   check_view(x, "x");
-  check_forward(x, qweight_scale, qweight, bias, config, y);
+  const PackedShape shape = check_forward(x, qweight_scale, qweight, bias, config, y);
   check_scale_values(qweight_scale);
-  run_kernel({x, {}, qweight_scale, qweight, bias, config, y, nullptr}, options);
+  run_kernel({x, {}, qweight_scale, qweight, shape, bias, config, y, nullptr}, options);
 }
 
 void forward(ConstMatrixView x, const PreparedWeights& weights, ConstVectorView bias, const BitQuantConfig& config,
@@ -191,8 +180,8 @@ void forward_quantized(ConstMatrixView qx, std::span<const float> x_scale, std::
   check_view(qx, "qx");
   check_size(static_cast<std::int64_t>(x_scale.size()), int8 ? x_scale_size(qx.rows, config) : 0, "x_scale");
   check_span(x_scale, "x_scale");
-  check_forward(qx, qweight_scale, qweight, bias, config, y);
-  run_kernel({qx, x_scale, qweight_scale, qweight, bias, config, y, nullptr}, options);
+  const PackedShape shape = check_forward(qx, qweight_scale, qweight, bias, config, y);
+  run_kernel({qx, x_scale, qweight_scale, qweight, shape, bias, config, y, nullptr}, options);
 }
 
 SavedTensors forward_training(ConstMatrixView x, ConstMatrixView weight, ConstVectorView bias,

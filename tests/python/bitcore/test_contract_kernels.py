@@ -53,8 +53,8 @@ BUILT_IN = {
     "ReferenceKernel",
 }
 
-# 12 tokens are a tile of the blocked kernels, 16 rows a tile of the packed weight, 16 k a step of it, 64 k the bytes of
-# one register, 32 rows x 512 or 1,024 k a panel: below, at and above each, and primes.
+# 16 rows are a tile of the packed weight, 16 or 20 k a step; kernels multiply 2 to 24 tokens together, packed weights
+# whole or panels of 16 or 32 rows x 128, 256, 512 or 1,024 k: below, at and above each, and primes.
 SHAPES = [
     (1, 1, 1),
     (2, 1, 3),
