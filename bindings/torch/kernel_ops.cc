@@ -41,7 +41,7 @@ std::string covered_configs(const BitKernelBase& kernel) {
 
 std::string describe(const KernelRegistry::KernelPtr& kernel) {
   return "{\"name\": " + quoted(kernel->name()) + ", \"requirement\": " + quoted(kernel->requirement()) +
-         ", \"supported\": " + (kernel->is_supported() ? "true" : "false") +
+         ", \"path\": " + quoted(kernel->path()) + ", \"supported\": " + (kernel->is_supported() ? "true" : "false") +
          ", \"configs\": " + covered_configs(*kernel) + "}";
 }
 

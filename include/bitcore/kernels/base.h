@@ -41,6 +41,9 @@ class BitKernelBase {
   /// What the kernel needs of the machine, for people: "AVX-512 VNNI", "any CPU".
   virtual std::string_view requirement() const { return "any CPU"; }
 
+  /// The multiply-adds that the kernel is made of, as `bitlab bench` names its limits; empty: not known.
+  virtual std::string_view path() const { return {}; }
+
   /// Whether this machine meets the requirement.
   virtual bool is_supported() const { return true; }
 

@@ -26,11 +26,13 @@ class BitKernelBase:
         name: Unique in the registry; the class's name unless set.
         device_types: Where it runs, for example ("cpu",); None: everywhere.
         requirement: What it needs of the machine, for people.
+        path: The multiply-adds that it is made of, as `bitlab bench` names its limits; empty: not known.
         quant_config: The config that it is bound to, or None.
     """
 
     name: str = "BitKernelBase"
     requirement: str = "any machine"
+    path: str = ""
     device_types: ClassVar[tuple[str, ...] | None] = None
     quant_config: BitQuantConfig | None = None
 

@@ -14,10 +14,11 @@ class NativeKernel(OperatorKernel):
 
     device_types = ("cpu",)
 
-    def __init__(self, name: str, requirement: str, supported: bool, configs: list[list[bool]]) -> None:
+    def __init__(self, name: str, requirement: str, path: str, supported: bool, configs: list[list[bool]]) -> None:
         super().__init__()
         self.name = name
         self.requirement = requirement
+        self.path = path
         self._supported = supported
         self._configs = frozenset(tuple(flags) for flags in configs)
 

@@ -12,7 +12,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from bitcore.config import BitQuantConfig
+from bitcore.config import ActivationDtype, BitQuantConfig
 from bitcore.exceptions import KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.kernels.operator_kernel import OperatorKernel
@@ -207,7 +207,7 @@ def prepare_peers(layer: Layer, peers: list[Peer]) -> tuple[dict[Contender, Prep
         if reason is not None:
             reasons[peer.name] = reason
             continue
-        path = best_path(peer.family) if peer.family is not None else None
+        path = best_path(cast("ActivationDtype", peer.family)) if peer.family is not None else None
         prepared[Contender(peer.name, True, "", "", False, False, path)] = peer.prepare(layer)
     return prepared, reasons
 

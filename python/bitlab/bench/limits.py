@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitcore.config import BitQuantConfig
-from bitcore.kernels.base import BitKernelBase
-from bitcore.kernels.registry import user_kernels
+from bitcore.config import ActivationDtype, BitQuantConfig
+from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitlab.bench.limits_library import (
     STREAMS,
     measure_multiply_adds,
@@ -27,29 +26,6 @@ SMALL_BYTES = 2**18  # A smaller weight is read as often as makes more: otherwis
 TURN_BYTES = 16 * 2**20  # Of weights that are read one after another in a turn.
 PEAK_SECONDS, PEAK_SAMPLES = 1e-3, 5
 ROUND_TRIP_REPEATS = 5
-
-# The multiply-adds of a kernel, by how its name begins; the first that fits.
-PATHS = (
-    ("Int8Avx512", "vpdpbusd zmm"),
-    ("Int8AvxVnni", "vpdpbusd ymm"),
-    ("Int8Avx2", "vpmaddubsw ymm"),
-    ("Int8NeonDot", "sdot"),
-    ("Int8Neon", "smlal"),
-    ("Int8Portable", "int16 baseline"),
-    ("Float32Avx512", "fma zmm"),
-    ("Float32Avx2", "fma ymm"),
-    ("Float32Neon", "fmla"),
-    ("Float32Portable", "float32 baseline"),
-)
-# Best first: what bounds a contender whose path is not known.
-FAMILIES = {
-    "int8": ("vpdpbusd zmm", "vpdpbusd ymm", "vpmaddubsw ymm", "sdot", "smlal", "int16 baseline"),
-    "float32": ("fma zmm", "fma ymm", "fmla", "float32 baseline"),
-}
-
-# Figures of other projects were published for one machine. A run counts beside them where it reaches these limits:
-# GB/s of memory, GOPS of vpdpbusd, by threads.
-PUBLISHED = {READ: {1: 35.0, 2: 45.0}, "vpdpbusd zmm": {1: 950.0, 2: 1900.0}}
 
 
 def weight_read(layout: str, in_cache: bool) -> str:
@@ -95,19 +71,15 @@ def supported_paths() -> list[str]:
     return [loop.name for loop in multiply_adds().values() if loop.supported]
 
 
-def best_path(family: str) -> str:
-    """The fastest multiply-adds of "int8" or "float32" that this CPU has."""
-    supported = supported_paths()
-    return next(path for path in FAMILIES[family] if path in supported)
+def best_path(family: ActivationDtype) -> str:
+    """The fastest multiply-adds of "int8" or "float32" that this CPU has: those of the best kernel that names some."""
+    supported, config = supported_paths(), BitQuantConfig(activation_dtype=family)
+    return next(k.path for k in KernelRegistry.all_kernels() if k.path in supported and k.is_compatible_with(config))
 
 
 def kernel_path(kernel: BitKernelBase, config: BitQuantConfig) -> str:
-    """The multiply-adds that a kernel is made of. Of one that is not built in only its activations are known."""
-    if not any(kernel is mine for mine in user_kernels()):
-        for prefix, path in PATHS:
-            if kernel.name.startswith(prefix):
-                return path
-    return best_path(config.activation_dtype)
+    """The multiply-adds that a kernel is made of; if it does not say: the fastest of its activations."""
+    return kernel.path or best_path(config.activation_dtype)
 
 
 def peak_sampler(path: str) -> Callable[[], list[float]]:

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bitlab.bench.contenders import Contender
-from bitlab.bench.limits import PUBLISHED, unit
+from bitlab.bench.limits import unit
 from bitlab.bench.results import (
     RATIOS_TO,
     SLOWER_ALLOWED_PERCENT,
@@ -15,7 +15,6 @@ from bitlab.bench.results import (
     TrainingMeasurement,
     dispatch_checks,
     overall_limits,
-    reached,
     training_ratios,
 )
 from bitlab.bench.training import BITLINEAR
@@ -67,22 +66,6 @@ def print_limits(results: Results, console: Console) -> None:
         cells = [f"{v.median:.4g} ({v.low:.4g} - {v.high:.4g})" if v else "" for v in values]
         table.add_row(name, unit(name), *cells)
     console.print(table)
-    _print_published(results, console)
-
-
-def _print_published(results: Results, console: Console) -> None:
-    """Whether figures that others published can be compared with these."""
-    for (name, threads), value in overall_limits(results.limits).items():
-        enough = reached(name, threads, value.median)
-        if enough is None:
-            continue
-        verdict = "reaches" if enough else "does not reach"
-        console.print(
-            f"{name}, {_threads(threads)}: {value.median:.0f} {unit(name)} {verdict} the "
-            f"{PUBLISHED[name][threads]:.0f} {unit(name)} of the machine that peers' published figures are from",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def print_measurements(results: Results, console: Console) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlab.bench.contenders import OWN_LAYOUT, Contender
-from bitlab.bench.limits import PUBLISHED, Bound, bound, unit
+from bitlab.bench.limits import Bound, bound, unit
 from bitlab.bench.machine import Machine
 from bitlab.bench.options import BenchOptions
 from bitlab.bench.peers import TORCH_BFLOAT16, TORCH_FLOAT32, TORCH_INT8
@@ -215,12 +215,6 @@ def training_ratios(found: Iterable[TrainingMeasurement], of: str) -> dict[tuple
             bytes_ratio = m.kept_bytes / ours.kept_bytes if ours.kept_bytes else math.nan
             ratios[m.case, m.precision, m.name] = m.time.median / ours.time.median, bytes_ratio
     return ratios
-
-
-def reached(name: str, threads: int, value: float) -> bool | None:
-    """Whether a limit reaches that of the machine of the published figures; None where it has none."""
-    needed = PUBLISHED.get(name, {}).get(threads)
-    return None if needed is None else value >= needed
 
 
 def overall_limits(limits: Iterable[Limit]) -> dict[tuple[str, int], Spread]:

@@ -12,7 +12,7 @@ namespace bitcore {
 extern const TileFunctions kInt8AvxVnniEvexTiles;  // int8_avxvnni_evex.cc
 
 inline std::shared_ptr<const BitKernelBase> make_int8_avxvnni_evex_kernel() {
-  return std::make_shared<TiledKernel>("Int8AvxVnniEvexKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(),
+  return std::make_shared<TiledKernel>("Int8AvxVnniEvexKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), "vpdpbusd ymm",
                                        kInt8AvxVnniEvexTiles);
 }
 

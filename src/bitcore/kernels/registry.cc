@@ -18,29 +18,31 @@ using KernelPtr = KernelRegistry::KernelPtr;
 
 constexpr std::string_view kVariable = "BITLAB_KERNEL";
 
-// Best first.
+// The one list of built-in kernels, best first: name, requirement and whether this CPU meets it, the multiply-adds that
+// it is made of (a loop of benchmarks/limits), its tile functions.
 std::vector<KernelPtr> builtin_kernels() {
   std::vector<KernelPtr> kernels;
-  const auto add = [&](const char* name, const char* requirement, bool supported, const TileFunctions& functions) {
-    kernels.push_back(std::make_shared<TiledKernel>(name, requirement, supported, functions));
+  const auto add = [&](const char* name, const char* requirement, bool supported, const char* path,
+                       const TileFunctions& functions) {
+    kernels.push_back(std::make_shared<TiledKernel>(name, requirement, supported, path, functions));
   };
 #if defined(__x86_64__)
-  add("Int8Avx512VbmiKernel", "AVX-512 VNNI and VBMI", cpu_has_avx512_vbmi(), kInt8Avx512VbmiTiles);
-  add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), kInt8Avx512VnniTiles);
-  add("Int8AvxVnniKernel", "AVX-VNNI", cpu_has_avx_vnni(), kInt8AvxVnniTiles);
-  add("Int8Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kInt8Avx2Tiles);
+  add("Int8Avx512VbmiKernel", "AVX-512 VNNI and VBMI", cpu_has_avx512_vbmi(), "vpdpbusd zmm", kInt8Avx512VbmiTiles);
+  add("Int8Avx512VnniKernel", "AVX-512 VNNI", cpu_has_avx512_vnni(), "vpdpbusd zmm", kInt8Avx512VnniTiles);
+  add("Int8AvxVnniKernel", "AVX-VNNI", cpu_has_avx_vnni(), "vpdpbusd ymm", kInt8AvxVnniTiles);
+  add("Int8Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), "vpmaddubsw ymm", kInt8Avx2Tiles);
 #elif defined(__aarch64__)
-  add("Int8NeonDotKernel", "NEON dot product", cpu_has_neon_dot(), kInt8NeonDotTiles);
-  add("Int8NeonKernel", "NEON", true, kInt8NeonTiles);
+  add("Int8NeonDotKernel", "NEON dot product", cpu_has_neon_dot(), "sdot", kInt8NeonDotTiles);
+  add("Int8NeonKernel", "NEON", true, "smlal", kInt8NeonTiles);
 #endif
-  add("Int8PortableKernel", "any CPU", true, kInt8PortableTiles);
+  add("Int8PortableKernel", "any CPU", true, "int16 baseline", kInt8PortableTiles);
 #if defined(__x86_64__)
-  add("Float32Avx512Kernel", "AVX-512", cpu_has_avx512(), kFloat32Avx512Tiles);
-  add("Float32Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), kFloat32Avx2Tiles);
+  add("Float32Avx512Kernel", "AVX-512", cpu_has_avx512(), "fma zmm", kFloat32Avx512Tiles);
+  add("Float32Avx2Kernel", "AVX2 and FMA", cpu_has_avx2(), "fma ymm", kFloat32Avx2Tiles);
 #elif defined(__aarch64__)
-  add("Float32NeonKernel", "NEON", true, kFloat32NeonTiles);
+  add("Float32NeonKernel", "NEON", true, "fmla", kFloat32NeonTiles);
 #endif
-  add("Float32PortableKernel", "any CPU", true, kFloat32PortableTiles);
+  add("Float32PortableKernel", "any CPU", true, "float32 baseline", kFloat32PortableTiles);
   kernels.push_back(make_reference_kernel());
   return kernels;
 }

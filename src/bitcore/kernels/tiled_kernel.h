@@ -14,13 +14,15 @@ namespace bitcore {
 class TiledKernel final : public BitKernelBase {
  public:
   /// All arguments outlive the kernel.
-  TiledKernel(std::string_view name, std::string_view requirement, bool supported, const TileFunctions& functions)
-      : name_(name), requirement_(requirement), supported_(supported), functions_(functions) {
+  TiledKernel(std::string_view name, std::string_view requirement, bool supported, std::string_view path,
+              const TileFunctions& functions)
+      : name_(name), requirement_(requirement), path_(path), supported_(supported), functions_(functions) {
     assert(functions.direct_tokens <= kMostDirectTokens && functions.direct_rows <= kMostDirectRows);
   }
 
   std::string_view name() const override { return name_; }
   std::string_view requirement() const override { return requirement_; }
+  std::string_view path() const override { return path_; }
   bool is_supported() const override { return supported_; }
   bool is_compatible_with(const BitQuantConfig& config) const override {
     return config.activation_dtype == functions_.activation_dtype;
@@ -32,6 +34,7 @@ class TiledKernel final : public BitKernelBase {
  private:
   std::string_view name_;
   std::string_view requirement_;
+  std::string_view path_;
   bool supported_;
   const TileFunctions& functions_;
 };

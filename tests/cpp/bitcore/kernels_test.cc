@@ -134,6 +134,7 @@ class EveryKernel : public WithTestKernels, public ::testing::WithParamInterface
 TEST_P(EveryKernel, RunsItsConfigs) {
   const auto all = KernelRegistry::all_kernels();
   const auto kernel = *std::find_if(all.begin(), all.end(), [](const auto& k) { return k->name() == GetParam(); });
+  EXPECT_EQ(kernel->path().empty(), kernel->name() == "ReferenceKernel");
   if (!kernel->is_supported()) GTEST_SKIP() << "this CPU lacks " << kernel->requirement();
   int configs = 0;
   for (const BitQuantConfig& config : all_configs()) {

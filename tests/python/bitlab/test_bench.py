@@ -29,8 +29,6 @@ from bitlab.bench import contenders, limits_library, machine, overhead, report, 
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
 from bitlab.bench.limits import (
-    FAMILIES,
-    PATHS,
     ROUND_TRIP,
     best_path,
     bound,
@@ -325,15 +323,14 @@ def test_kernels_go_through_the_copies_together() -> None:
     assert read == [copy.data_ptr() for copy in pool.copies[: len(read)]]
 
 
-def test_every_native_kernel_has_a_path() -> None:
-    for name in NATIVE_KERNELS:
-        assert name == "ReferenceKernel" or any(name.startswith(prefix) for prefix, _ in PATHS), name
-    paths = set(limits_library.multiply_adds())
-    known = {path for family in FAMILIES.values() for path in family}
-    assert paths <= known
-    assert {path for _, path in PATHS} <= known
-    config = BitQuantConfig()
-    assert kernel_path(PlainKernel(), config) == best_path("int8")
+def test_every_native_kernel_names_a_loop_of_the_limits() -> None:
+    known = set(limits_library.multiply_adds())
+    for kernel in KernelRegistry.all_kernels():
+        if kernel.name in NATIVE_KERNELS and kernel.name != "ReferenceKernel":
+            assert kernel.path in known, kernel.name
+            assert kernel_path(kernel, BitQuantConfig()) == kernel.path
+            assert kernel.path in supported_paths() or not kernel.is_supported()
+    assert kernel_path(PlainKernel(), BitQuantConfig()) == best_path("int8")
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
@@ -661,13 +658,6 @@ def test_dispatch_checks() -> None:
     assert (second.layout, second.within_allowance) == ("1.6bit", True)
     assert results.dispatch_checks(found[:1]) == []
     assert results.dispatch_checks(found[1:3]) == []
-
-
-def test_what_counts_beside_published_figures() -> None:
-    assert results.reached("memory read", 1, 35.0) is True
-    assert results.reached("vpdpbusd zmm", 2, 1899.0) is False
-    assert results.reached("memory read", 16, 400.0) is None
-    assert results.reached("fma zmm", 1, 400.0) is None
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
