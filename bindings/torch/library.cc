@@ -44,7 +44,6 @@ STABLE_TORCH_LIBRARY(bitcore, m) {
   m.def("dequantize_x(Tensor qx, Tensor scale, bool per_channel) -> Tensor");
   m.def("pack_weights(Tensor qweight, str layout=\"auto\") -> Tensor");
   m.def("unpack_weights(Tensor qweight, int in_features, bool check=True) -> Tensor");
-  m.def("weight_codes(Tensor qweight, int in_features, ScalarType dtype) -> Tensor");
   m.def("check_qweight(Tensor qweight, int in_features) -> ()");
   m.def(
       "prepare_weights(Tensor weight, bool per_channel, str layout=\"auto\") -> (Tensor qweight_scale, Tensor "
@@ -78,7 +77,6 @@ STABLE_TORCH_LIBRARY_IMPL(bitcore, CPU, m) {
   m.impl("dequantize_x", TORCH_BOX(&Op<dequantize_x>::call));
   m.impl("pack_weights", TORCH_BOX(&Op<pack_weights>::call));
   m.impl("unpack_weights", TORCH_BOX(&Op<unpack_weights>::call));
-  m.impl("weight_codes", TORCH_BOX(&Op<weight_codes>::call));
   m.impl("check_qweight", TORCH_BOX(&Op<check_qweight>::call));
   m.impl("prepare_weights", TORCH_BOX(&Op<prepare_weights>::call));
   m.impl("bitlinear", TORCH_BOX(&Op<bitlinear>::call));

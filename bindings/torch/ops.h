@@ -28,7 +28,6 @@ Tensor quantize_x(const Tensor& x, const Tensor& scale, bool per_channel);
 Tensor dequantize_x(const Tensor& qx, const Tensor& scale, bool per_channel);
 Tensor pack_weights(const Tensor& qweight, StringArgument layout);
 Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool check);
-Tensor weight_codes(const Tensor& qweight, std::int64_t in_features, ScalarType dtype);
 void check_qweight(const Tensor& qweight, std::int64_t in_features);
 
 // linear_ops.cc

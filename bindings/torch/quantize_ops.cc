@@ -79,14 +79,6 @@ Tensor unpack_weights(const Tensor& qweight, std::int64_t in_features, bool chec
   return codes;
 }
 
-Tensor weight_codes(const Tensor& qweight, std::int64_t in_features, ScalarType dtype) {
-  check_floating_dtype(dtype, "dtype");
-  const Matrix packed = packed_matrix(qweight, /*allow_codes=*/false);
-  Tensor codes = empty({packed.view.rows, in_features}, dtype);
-  bitcore::unpack_weights(packed.view, output_rows(codes), Verify::trailer, torch_executor());
-  return codes;
-}
-
 void check_qweight(const Tensor& qweight, std::int64_t in_features) {
   bitcore::check_qweight(packed_matrix(qweight, /*allow_codes=*/false).view, in_features);
 }

@@ -14,7 +14,7 @@ namespace bitcore {
 
 /// How the payload of a packed weight stores its codes. The values are those of the trailer's layout field.
 enum class Layout : std::uint32_t {
-  automatic = 0,  ///< The fixed rule of automatic_layout(); never stored.
+  automatic = 0,  ///< A fixed rule of the shape, the same on every machine: two_bit for all. Never stored.
   two_bit = 1,    ///< "2bit": four codes in a byte, 2 bits each.
   base3 = 2,      ///< "1.6bit": five codes in a byte, the digits of a number in base 3.
 };
@@ -32,12 +32,9 @@ std::string_view to_string(Layout layout);
 /// Codes of one row in one 32-bit word of the payload: 16 at 2 bits, 20 at 1.6 bits.
 constexpr std::int64_t step_codes(Layout layout) { return layout == Layout::base3 ? 20 : 16; }
 
-/// Whether a layout exists for this number of columns. 2bit always does; 1.6bit where it is smaller, which it is for
-/// 17 to 20, 33 to 40, 49 to 60 columns and from 65 on: so in_features and the size of a row name the layout.
+/// Whether a layout exists for this number of columns. 2bit always does; 1.6bit if its rows are smaller, as they always
+/// are from 65 columns on: so in_features and the size of a row name the layout.
 bool has_layout(std::int64_t in_features, Layout layout);
-
-/// What `Layout::automatic` stands for: a fixed rule of the shape alone, the same on every machine.
-Layout automatic_layout(std::int64_t out_features, std::int64_t in_features);
 
 /// Largest in_features: above it an int32 sum of int8 products could overflow.
 inline constexpr std::int64_t kMaxInFeatures = (std::int64_t{1} << 24) - 1;

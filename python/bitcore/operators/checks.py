@@ -19,6 +19,13 @@ MIN_TRAILER_BYTES = 64
 STEP_CODES = {"2bit": 16, "1.6bit": 20}
 """The layouts of a packed weight, and how many codes each has in a 32-bit word."""
 
+WORD_BYTES = 4
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return (a + b - 1) // b
+
 
 def require(condition: bool, message: str) -> None:
     """Raises QuantizationError(message) unless the condition holds."""
@@ -45,13 +52,17 @@ def name_of(dtype: torch.dtype) -> str:
 
 def packed_row_bytes(out_features: int, in_features: int, layout: str = "auto") -> tuple[int, int]:
     """Bytes of payload and of trailer for each output row of a packed weight."""
-    codes = STEP_CODES[chosen_layout(layout, in_features)]
-    return 4 * ((in_features + codes - 1) // codes), (MIN_TRAILER_BYTES + out_features - 1) // out_features
+    return payload_row_bytes(in_features, chosen_layout(layout, in_features)), ceil_div(MIN_TRAILER_BYTES, out_features)
+
+
+def payload_row_bytes(in_features: int, layout: str) -> int:
+    """R of docs/packed-format.md."""
+    return WORD_BYTES * ceil_div(in_features, STEP_CODES[layout])
 
 
 def has_layout(layout: str, in_features: int) -> bool:
-    """Whether a layout exists for so many columns: "2bit" always, "1.6bit" where it is smaller."""
-    return layout == "2bit" or (in_features + 19) // 20 < (in_features + 15) // 16
+    """Whether a layout exists for so many columns: "2bit" always, "1.6bit" if it is smaller."""
+    return layout == "2bit" or payload_row_bytes(in_features, layout) < payload_row_bytes(in_features, "2bit")
 
 
 def chosen_layout(layout: str, in_features: int) -> str:

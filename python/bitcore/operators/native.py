@@ -160,7 +160,6 @@ for _name in (
     "prepare_weights",
     "pack_weights",
     "unpack_weights",
-    "weight_codes",
     "check_qweight",
     "checked_scale",
 ):
@@ -243,12 +242,6 @@ def _(qweight: Tensor, layout: str = "auto") -> Tensor:
 def _(qweight: Tensor, in_features: int, check: bool = True) -> Tensor:
     checks.packed(qweight, in_features)
     return qweight.new_empty([qweight.shape[0], in_features], dtype=torch.int8)
-
-
-@_fake("weight_codes")
-def _(qweight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    checks.packed(qweight, in_features)
-    return qweight.new_empty([qweight.shape[0], in_features], dtype=dtype)
 
 
 @_fake("check_qweight")
@@ -477,7 +470,6 @@ dequantize_x = torch.ops.bitcore.dequantize_x.default
 prepare_weights = torch.ops.bitcore.prepare_weights.default
 pack_weights = torch.ops.bitcore.pack_weights.default
 unpack_weights = torch.ops.bitcore.unpack_weights.default
-weight_codes = torch.ops.bitcore.weight_codes.default
 check_qweight = torch.ops.bitcore.check_qweight.default
 checked_scale = torch.ops.bitcore.checked_scale.default
 bitlinear = torch.ops.bitcore.bitlinear.default

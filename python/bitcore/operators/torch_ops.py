@@ -140,11 +140,6 @@ def unpack_weights(qweight: Tensor, in_features: int, check: bool = True) -> Ten
     return codes
 
 
-def weight_codes(qweight: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-    """The codes as numbers, without a look at checksum and codes."""
-    return unpack_weights(qweight, in_features, False).to(dtype)
-
-
 def check_qweight(qweight: Tensor, in_features: int) -> None:
     """Synchronizes the device."""
     unpack_weights(qweight, in_features)
@@ -306,7 +301,9 @@ def _dweight(rows: Tensor, x: Tensor, x_scale: Tensor | None) -> Tensor:
 
 
 def _codes_as(dtype: torch.dtype, qweight: Tensor, in_features: int) -> Tensor:
-    return qweight.to(dtype) if qweight.dtype == torch.int8 else weight_codes(qweight, in_features, dtype)
+    """As numbers, without a look at checksum and codes."""
+    codes = qweight if qweight.dtype == torch.int8 else unpack_weights(qweight, in_features, False)
+    return codes.to(dtype)
 
 
 def _matmul_dtype(dy: Tensor) -> torch.dtype:

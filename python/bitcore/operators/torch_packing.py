@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitcore.exceptions import QuantizationError
-from bitcore.operators.checks import MIN_TRAILER_BYTES, STEP_CODES, layout_of
+from bitcore.operators.checks import MIN_TRAILER_BYTES, STEP_CODES, ceil_div, layout_of, payload_row_bytes
 
 TILE_ROWS = 16
 
@@ -18,7 +18,8 @@ _MAGIC = int.from_bytes(b"BITLABQW", "little")
 _VERSION = 1
 _LAYOUT_NUMBERS = {"2bit": 1, "1.6bit": 2}
 _CHECKSUM_BASE = 0x9E3779B97F4A7C15 - 2**64
-_HEADER_BYTES = 40
+_HEADER_BYTES = 40  # five words of 64 bits: magic, version and layout, out_features, in_features, checksum
+_MOST_BASE3_BYTE = 3**5 - 1
 
 
 class Fault(NamedTuple):
@@ -71,7 +72,7 @@ def _fields(qweight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
         invalid = (fields == 3).any()
     else:
         fields = words.div(_places(layout, qweight)[:, None], rounding_mode="floor") % 3
-        invalid = (words > 242).any()
+        invalid = (words > _MOST_BASE3_BYTE).any()
     return fields.view(out_features, -1), invalid
 
 
@@ -118,8 +119,7 @@ def _version_and_layout(layout: str) -> int:
 def _split(qweight: Tensor, in_features: int) -> tuple[Tensor, Tensor]:
     """Payload and trailer, flat."""
     out_features = qweight.shape[0]
-    codes = STEP_CODES[_layout(qweight, in_features)]
-    payload_bytes = out_features * 4 * ((in_features + codes - 1) // codes)
+    payload_bytes = out_features * payload_row_bytes(in_features, _layout(qweight, in_features))
     flat = qweight.reshape(-1)
     return flat[:payload_bytes], flat[payload_bytes:]
 
@@ -142,7 +142,7 @@ def _deinterleave(payload: Tensor, out_features: int) -> Tensor:
 
 
 def _trailer(payload: Tensor, out_features: int, in_features: int, layout: str) -> Tensor:
-    row_bytes = (MIN_TRAILER_BYTES + out_features - 1) // out_features
+    row_bytes = ceil_div(MIN_TRAILER_BYTES, out_features)
     header = [
         torch.full_like(payload[0], word, dtype=torch.int64)
         for word in (_MAGIC, _version_and_layout(layout), out_features, in_features)

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "bitcore/base/aligned_array.h"
+#include "bitcore/base/math.h"
 
 namespace bitcore {
 
@@ -21,7 +22,7 @@ class Arena {
   T* take(std::int64_t count) {
     std::byte* begin = memory_ == nullptr ? nullptr : memory_ + position_;
     const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(T));
-    position_ += (bytes + kLine - 1) / kLine * kLine;
+    position_ += round_up(bytes, kLine);
     return reinterpret_cast<T*>(begin);
   }
 

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bitcore/base/checks.h"
+#include "bitcore/base/scales.h"
 #include "bitcore/kernels/builtin.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/packing/packing_internal.h"
@@ -57,10 +58,6 @@ class ReferenceKernel final : public BitKernelBase {
     return weights;
   }
 
-  static float at(std::span<const float> scale, std::int64_t index) {
-    return scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(index)];
-  }
-
   static void int8_rows(const LinearArgs& args, const std::vector<std::int8_t>& weights, std::vector<float>& y) {
     const std::int64_t in_features = args.x.cols;
     std::vector<std::int8_t> qx(static_cast<std::size_t>(args.x.rows * in_features));
@@ -80,7 +77,7 @@ class ReferenceKernel final : public BitKernelBase {
           sum += row[k] * weights[static_cast<std::size_t>(n * in_features + k)];
         }
         y[static_cast<std::size_t>(m * args.y.cols + n)] =
-            static_cast<float>(sum) * (at(scale, m) * at(args.qweight_scale, n));
+            static_cast<float>(sum) * (scale_of_row(scale, m) * scale_of_row(args.qweight_scale, n));
       }
     }
   }
@@ -106,7 +103,7 @@ class ReferenceKernel final : public BitKernelBase {
       for (std::int64_t n = 0; n < args.y.cols; ++n) {
         y[static_cast<std::size_t>(m * args.y.cols + n)] =
             sum_in_chains(row.data(), &weights[static_cast<std::size_t>(n * in_features)], in_features) *
-            (x_scale * at(args.qweight_scale, n));
+            (x_scale * scale_of_row(args.qweight_scale, n));
       }
     }
   }

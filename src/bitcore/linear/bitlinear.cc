@@ -6,7 +6,9 @@
 #include <limits>
 
 #include "bitcore/base/checks.h"
+#include "bitcore/base/math.h"
 #include "bitcore/base/parallel.h"
+#include "bitcore/base/scales.h"
 #include "bitcore/kernels/registry.h"
 #include "bitcore/linear/linear_internal.h"
 #include "bitcore/ops/base.h"
@@ -105,7 +107,7 @@ void pack_rows(ConstMatrixView weight, std::span<const float> scale, const Packe
       widen(weight.row(row), weight.dtype, weight.cols, buffer.data());
       values = buffer.data();
     }
-    const float half = 0.5f * scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    const float half = 0.5f * scale_of_row(scale, row);
     row_functions().ternary_codes(values, weight.cols, half, codes.data());
     pack_code_row(codes.data(), shape, row, payload);
   }
@@ -129,7 +131,7 @@ void prepare_weights_into(ConstMatrixView weight, const BitQuantConfig& config, 
   }
   auto* bytes = static_cast<std::uint8_t*>(qweight.data);
   // Whole tiles only: rows of a tile share cache lines.
-  const std::int64_t tiles = (weight.rows + kTileRows - 1) / kTileRows;
+  const std::int64_t tiles = ceil_div(weight.rows, kTileRows);
   parallel_ranges(executor, tiles, std::max<std::int64_t>(1, 4096 / weight.cols),
                   [&](std::int64_t begin, std::int64_t end) {
                     pack_rows(weight, scale, shape, begin * kTileRows, std::min(weight.rows, end * kTileRows), bytes);

@@ -19,6 +19,22 @@ constexpr char kMagic[8] = {'B', 'I', 'T', 'L', 'A', 'B', 'Q', 'W'};
 constexpr std::uint32_t kVersion = 1;
 constexpr std::uint64_t kChecksumFactor = 0x9E3779B97F4A7C15u;
 
+// Where the trailer's fields begin, in bytes; zeros follow the last.
+constexpr std::int64_t kVersionAt = 8;
+constexpr std::int64_t kLayoutAt = 12;
+constexpr std::int64_t kOutFeaturesAt = 16;
+constexpr std::int64_t kInFeaturesAt = 24;
+constexpr std::int64_t kChecksumAt = 32;
+constexpr std::int64_t kZerosAt = 40;
+
+constexpr std::int64_t kWordBytes = 4;  // of a word of the payload: one row's codes of one step
+
+// The one rule of a packed weight's size.
+std::int64_t payload_row_bytes(std::int64_t in_features, Layout layout) {
+  return kWordBytes * ceil_div(in_features, step_codes(layout));
+}
+std::int64_t trailer_row_bytes(std::int64_t out_features) { return ceil_div(kTrailerBytes, out_features); }
+
 // Little-endian by shifts, so that the bytes are the same on every machine.
 void store_le(std::uint8_t* out, std::uint64_t value, int bytes) {
   for (int i = 0; i < bytes; ++i) out[i] = static_cast<std::uint8_t>(value >> (8 * i));
@@ -31,14 +47,13 @@ std::uint64_t load_le(const std::uint8_t* in, int bytes) {
 }
 
 const std::uint8_t* trailer_of(ConstMatrixView packed) {
-  const std::int64_t trailer_row_bytes = ceil_div(kTrailerBytes, packed.rows);
-  return static_cast<const std::uint8_t*>(packed.data) + packed.rows * (packed.cols - trailer_row_bytes);
+  return static_cast<const std::uint8_t*>(packed.data) + packed.rows * (packed.cols - trailer_row_bytes(packed.rows));
 }
 
 void check_trailer_zeros(ConstMatrixView packed, const PackedShape& shape) {
   const std::uint8_t* trailer = static_cast<const std::uint8_t*>(packed.data) + shape.payload_bytes();
   const std::int64_t bytes = shape.out_features * shape.trailer_row_bytes;
-  if (!std::all_of(trailer + 40, trailer + bytes, [](std::uint8_t byte) { return byte == 0; })) {
+  if (!std::all_of(trailer + kZerosAt, trailer + bytes, [](std::uint8_t byte) { return byte == 0; })) {
     fail("qweight has a damaged trailer: bytes that must be 0 are not");
   }
 }
@@ -114,22 +129,20 @@ std::string_view to_string(Layout layout) {
 }
 
 bool has_layout(std::int64_t in_features, Layout layout) {
-  return layout != Layout::base3 || ceil_div(in_features, kBase3StepCodes) < ceil_div(in_features, kStepCodes);
+  return layout != Layout::base3 ||
+         payload_row_bytes(in_features, Layout::base3) < payload_row_bytes(in_features, Layout::two_bit);
 }
-
-Layout automatic_layout(std::int64_t, std::int64_t) { return Layout::two_bit; }
 
 PackedShape packed_shape(std::int64_t out_features, std::int64_t in_features, Layout layout) {
   if (out_features < 1) fail("out_features must be at least 1, got ", out_features);
   if (in_features < 1) fail("in_features must be at least 1, got ", in_features);
   if (in_features > kMaxInFeatures) fail("in_features must be at most ", kMaxInFeatures, ", got ", in_features);
-  if (layout == Layout::automatic) layout = automatic_layout(out_features, in_features);
+  if (layout == Layout::automatic) layout = Layout::two_bit;
   if (!has_layout(in_features, layout)) {
     fail("layout '", to_string(layout), "' does not exist for ", in_features,
          " in_features: it would be no smaller than '2bit'");
   }
-  return {out_features, in_features, 4 * ceil_div(in_features, step_codes(layout)),
-          ceil_div(kTrailerBytes, out_features), layout};
+  return {out_features, in_features, payload_row_bytes(in_features, layout), trailer_row_bytes(out_features), layout};
 }
 
 std::uint64_t payload_checksum(const std::uint8_t* payload, std::int64_t bytes) {
@@ -170,11 +183,11 @@ void write_trailer(const PackedShape& shape, std::uint8_t* packed) {
   std::uint8_t* trailer = packed + shape.payload_bytes();
   std::memset(trailer, 0, static_cast<std::size_t>(shape.out_features * shape.trailer_row_bytes));
   std::memcpy(trailer, kMagic, sizeof(kMagic));
-  store_le(trailer + 8, kVersion, 4);
-  store_le(trailer + 12, static_cast<std::uint32_t>(shape.layout), 4);
-  store_le(trailer + 16, static_cast<std::uint64_t>(shape.out_features), 8);
-  store_le(trailer + 24, static_cast<std::uint64_t>(shape.in_features), 8);
-  store_le(trailer + 32, payload_checksum(packed, shape.payload_bytes()), 8);
+  store_le(trailer + kVersionAt, kVersion, 4);
+  store_le(trailer + kLayoutAt, static_cast<std::uint32_t>(shape.layout), 4);
+  store_le(trailer + kOutFeaturesAt, static_cast<std::uint64_t>(shape.out_features), 8);
+  store_le(trailer + kInFeaturesAt, static_cast<std::uint64_t>(shape.in_features), 8);
+  store_le(trailer + kChecksumAt, payload_checksum(packed, shape.payload_bytes()), 8);
 }
 
 void check_packed_output(MatrixView packed, const PackedShape& shape) {
@@ -189,28 +202,28 @@ PackedShape read_trailer(ConstMatrixView packed) {
   if (packed.rows < 1) fail("qweight has ", packed.rows, " rows, expected at least 1");
   check_view(packed, "qweight");
   if (packed.row_stride != packed.cols) fail("qweight must be contiguous");
-  const std::int64_t trailer_row_bytes = ceil_div(kTrailerBytes, packed.rows);
-  const std::int64_t payload_row_bytes = packed.cols - trailer_row_bytes;
-  if (payload_row_bytes < 4 || payload_row_bytes % 4 != 0) {
+  const std::int64_t trailer_bytes = trailer_row_bytes(packed.rows);
+  const std::int64_t payload_bytes = packed.cols - trailer_bytes;
+  if (payload_bytes < kWordBytes || payload_bytes % kWordBytes != 0) {
     fail("qweight has shape (", packed.rows, ", ", packed.cols, "), which is no packed weight: expected (", packed.rows,
-         ", 4 * ceil(in_features / 16 or 20) + ", trailer_row_bytes, ")");
+         ", 4 * ceil(in_features / 16 or 20) + ", trailer_bytes, ")");
   }
   const std::uint8_t* trailer = trailer_of(packed);
   if (std::memcmp(trailer, kMagic, sizeof(kMagic)) != 0) {
     fail("qweight has a damaged trailer: it does not begin with 'BITLABQW'");
   }
-  const std::uint64_t version = load_le(trailer + 8, 4);
+  const std::uint64_t version = load_le(trailer + kVersionAt, 4);
   if (version != kVersion) fail("qweight has format version ", version, ", this BitLab reads ", kVersion);
-  const std::uint64_t layout = load_le(trailer + 12, 4);
+  const std::uint64_t layout = load_le(trailer + kLayoutAt, 4);
   if (std::none_of(std::begin(kLayouts), std::end(kLayouts),
                    [&](Layout known) { return layout == static_cast<std::uint64_t>(known); })) {
     fail("qweight has the unknown layout ", layout);
   }
-  const std::uint64_t out_features = load_le(trailer + 16, 8);
+  const std::uint64_t out_features = load_le(trailer + kOutFeaturesAt, 8);
   if (out_features != static_cast<std::uint64_t>(packed.rows)) {
     fail("qweight has ", packed.rows, " rows, its trailer says ", out_features);
   }
-  const std::uint64_t in_features = load_le(trailer + 24, 8);
+  const std::uint64_t in_features = load_le(trailer + kInFeaturesAt, 8);
   if (in_features < 1 || in_features > static_cast<std::uint64_t>(kMaxInFeatures)) {
     fail("qweight has a damaged trailer: in_features is ", in_features);
   }
@@ -235,7 +248,7 @@ void check_qweight(ConstMatrixView packed, std::int64_t in_features) {
   const PackedShape shape = check_trailer(packed, in_features);
   check_trailer_zeros(packed, shape);
   const auto* payload = static_cast<const std::uint8_t*>(packed.data);
-  const std::uint64_t stored = load_le(payload + shape.payload_bytes() + 32, 8);
+  const std::uint64_t stored = load_le(payload + shape.payload_bytes() + kChecksumAt, 8);
   const std::uint64_t found = payload_checksum(payload, shape.payload_bytes());
   if (stored != found) fail("qweight is damaged: its checksum is ", found, ", its trailer says ", stored);
   if (holds_invalid_code(payload, shape)) fail_invalid_code();

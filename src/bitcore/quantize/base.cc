@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "bitcore/base/checks.h"
+#include "bitcore/base/math.h"
 #include "bitcore/base/parallel.h"
+#include "bitcore/base/scales.h"
 #include "bitcore/quantize/row_functions-inl.h"
 
 namespace bitcore {
@@ -43,7 +45,7 @@ const float* flat_elements(ConstMatrixView m, std::int64_t begin, std::int64_t c
 
 double absolute_sum(ConstMatrixView m, Executor& executor) {
   const std::int64_t count = m.rows * m.cols;
-  const std::int64_t blocks = (count + kSumBlock - 1) / kSumBlock;
+  const std::int64_t blocks = ceil_div(count, kSumBlock);
   std::vector<double> sums(static_cast<std::size_t>(blocks));
   const auto sum_blocks = [&](std::int64_t first, std::int64_t last) {
     float buffer[kSumBlock];
@@ -89,7 +91,7 @@ void quantize_rows(ConstMatrixView in, Executor& executor, QuantizeRow quantize_
 
 void dequantize_rows(ConstMatrixView codes, std::span<const float> scale, MatrixView out) {
   for (std::int64_t row = 0; row < codes.rows; ++row) {
-    const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    const float s = scale_of_row(scale, row);
     const auto* in = reinterpret_cast<const std::int8_t*>(codes.row(row));
     auto* values = reinterpret_cast<float*>(out.row(row));
     for (std::int64_t k = 0; k < codes.cols; ++k) values[k] = static_cast<float>(in[k]) * s;
@@ -164,7 +166,7 @@ void quantize_weight(ConstMatrixView weight, std::span<const float> scale, const
   check_view(qweight, "the output");
   check_scale(scale, weight_scale_size(weight.rows, config));
   quantize_rows(weight, executor, [&](std::int64_t row, const float* values) {
-    const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    const float s = scale_of_row(scale, row);
     auto* out = reinterpret_cast<std::int8_t*>(qweight.row(row));
     for (std::int64_t k = 0; k < weight.cols; ++k) {
       out[k] = static_cast<std::int8_t>(static_cast<std::int32_t>(round_clamped(values[k] / s, -1.0f, 1.0f)));
@@ -220,7 +222,7 @@ void quantize_x(ConstMatrixView x, std::span<const float> scale, const BitQuantC
   check_view(qx, "the output");
   check_scale(scale, x_scale_size(x.rows, config));
   quantize_rows(x, executor, [&](std::int64_t row, const float* values) {
-    const float s = scale[scale.size() == 1 ? 0 : static_cast<std::size_t>(row)];
+    const float s = scale_of_row(scale, row);
     row_functions().quantize_x(values, x.cols, s, reinterpret_cast<std::int8_t*>(qx.row(row)));
   });
 }
