@@ -16,7 +16,7 @@ from bitcore.ops.packing import check_qweight
 from bitcore.ops.weight_gradient import attach_weight_gradient
 from bitlayers.fx import traced_call
 from bitlayers.init import InitMethod, Portable, find_init_method
-from bitlayers.past_forward import TernaryWeight, is_read_past_forward
+from bitlayers.past_forward import TernaryWeight, is_read_by_peft, is_read_past_forward, refuse_adapters
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -256,9 +256,14 @@ class BitLinear(nn.Linear):
         return super().train(mode)
 
     def __getattr__(self, name: str) -> Any:
-        """As every module, but modules of torch that would compute with the float weight do not get it."""
-        if name == "weight" and not torch.compiler.is_compiling() and is_read_past_forward():
-            return TernaryWeight()
+        """As every module, but modules of torch and PEFT that would compute with the float weight do not get it."""
+        if name == "weight" and not torch.compiler.is_compiling():
+            if is_read_past_forward():
+                return TernaryWeight()
+            if self.is_deployed:
+                refuse_adapters()
+        if name == "qweight" and not self.is_deployed and is_read_by_peft():
+            raise AttributeError("qweight: the layer is trainable")
         return super().__getattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -285,6 +290,9 @@ class BitLinear(nn.Linear):
         if torch.compiler.is_compiling() or weight.is_inference():
             return _prepare(weight, self.quant_config)
         packed = self._packed
+        if _is_offloaded(self):  # A copy would keep in memory what lies elsewhere until the next call.
+            self._packed = None
+            return _prepare(weight, self.quant_config)
         if packed is None or not packed.is_of(weight, self.quant_config):
             self._packed = packed = _PackedCopy.of(weight, self.quant_config)
         return packed.qweight_scale, packed.qweight
@@ -328,6 +336,8 @@ class BitLinear(nn.Linear):
         if self._parameters.get("bias") is not None and (bias := state_dict.get(prefix + "bias")) is not None:
             _check_values(prefix + "bias", bias)
             _check_shape(prefix + "bias", bias, (self.out_features,))
+        if _is_placeholder(state_dict.get(prefix + "weight")):
+            state_dict = {name: tensor for name, tensor in state_dict.items() if name != prefix + "weight"}
         found = {name: state_dict.get(prefix + name) for name in ("weight", "qweight", "qweight_scale")}
         _check_one_device({prefix + name: state_dict.get(prefix + name) for name in (*found, "bias")})
         if found["qweight"] is not None or found["qweight_scale"] is not None:
@@ -379,6 +389,16 @@ class BitLinear(nn.Linear):
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise QuantizationError(f"{name} holds a scale that is not finite and positive")
 
+    def _check_packed_weights(self) -> None:
+        """Looks at every byte of a deployed layer's weight.
+
+        Raises:
+            QuantizationError: something is damaged.
+        """
+        if self.qweight is not None and self.qweight_scale is not None:
+            self._check_qweight("qweight", self.qweight)
+            self._check_qweight_scale("qweight_scale", self.qweight_scale)
+
     def __prepare_scriptable__(self) -> None:
         """What `torch.jit.script` asks first.
 
@@ -398,6 +418,17 @@ class BitLinear(nn.Linear):
         if isinstance(init_method, Portable):
             state = {**state, "init_method": init_method.method}
         super().__setstate__(state)
+
+
+def _is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate loads the layer's weight at each call, and frees it afterwards."""
+    return bool(getattr(getattr(layer, "_hf_hook", None), "offload", False))
+
+
+def _is_placeholder(weight: object) -> bool:
+    """Whether it is the empty tensor that lies beside packed weights in a checkpoint of transformers: it stops a reader
+    that would not know what to do with those."""
+    return isinstance(weight, Tensor) and weight.dtype == torch.uint8 and weight.numel() == 0
 
 
 def _prepare(weight: Tensor, config: BitQuantConfig) -> tuple[Tensor, Tensor]:

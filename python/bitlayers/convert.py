@@ -1,9 +1,11 @@
 """Whole models: from `nn.Linear` to `BitLinear`, and from float weights to packed ones."""
 
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterator
 from fnmatch import fnmatchcase
-from typing import NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -44,15 +46,21 @@ def convert(
     Returns:
         `model`, or the new layer if `model` itself is an `nn.Linear`.
 
+    The config of a model of transformers tells from now on which layers are ternary, so that what `save_pretrained`
+    writes is what `from_pretrained` reads (see `bitlayers.transformers`).
+
     Raises:
         QuantizationError: `model` is no module; an entry of `skip` is no name and matches nothing in the model; a layer
-            cannot be replaced (see `BitLinear.from_linear`; its name is given). Then nothing has changed.
+            cannot be replaced (see `BitLinear.from_linear`; its name is given); the model is quantized already by
+            another method of transformers. Then nothing has changed.
     """
     if not isinstance(model, nn.Module):
         raise QuantizationError(f"model is a {type(model).__name__}, expected an nn.Module")
     skipped = _skipped(model, skip)
     if type(model) is nn.Linear:
         return BitLinear.from_linear(model, quant_config)
+    of_transformers = _TransformersModels(model)
+    of_transformers.refuse_foreign_quantization()
     left: dict[str, str] = {}
     places = [place for place in _places(model, "", skipped, left) if _wanted(place, filter_fn, left)]
     replacements: dict[nn.Module, BitLinear] = {}  # A layer used in two places stays one layer.
@@ -62,6 +70,7 @@ def convert(
     for place in places:
         setattr(place.parent, place.name, replacements[place.linear])
     _leave_compiled_fast_paths(model)
+    of_transformers.describe()
     _LOG.info("convert: %d nn.Linear became BitLinear, %d were left alone", len(places), len(left))
     for path, reason in left.items():
         _LOG.info("convert: %s was left alone: %s", path, reason)
@@ -80,7 +89,7 @@ class _Place(NamedTuple):
 def _skipped(model: nn.Module, skip: Collection[str] | None) -> dict[str, str]:
     """Names of modules to leave alone, with the reason."""
     if skip is None:
-        return dict.fromkeys(_output_heads(model), "it is the output head")
+        return dict.fromkeys(output_heads(model), "it is the output head")
     if isinstance(skip, str) or not all(isinstance(entry, str) for entry in skip):
         raise QuantizationError(f"skip is {skip!r}, expected a collection of names or patterns, or None")
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -96,7 +105,8 @@ def _skipped(model: nn.Module, skip: Collection[str] | None) -> dict[str, str]:
     return found
 
 
-def _output_heads(model: nn.Module) -> list[str]:
+def output_heads(model: nn.Module) -> list[str]:
+    """The names of the layers that turn hidden states into logits of a vocabulary."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     find_head = getattr(model, "get_output_embeddings", None)  # transformers' models have it.
     head = find_head() if callable(find_head) else None
@@ -181,4 +191,33 @@ def deploy(model: nn.Module) -> nn.Module:
     for layer, weights in prepared:
         layer._become_deployed(*weights)
     model.eval()
+    _TransformersModels(model).describe_deployed()
     return model
+
+
+class _TransformersModels:
+    """The models of transformers in a module: their configs tell which layers are ternary.
+
+    It costs nothing, and transformers is not imported, unless the process has one of its models.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modeling = sys.modules.get("transformers.modeling_utils")
+        kind = getattr(modeling, "PreTrainedModel", None)  # Missing while transformers is being imported.
+        self._integration: Any = None
+        if kind is not None and any(isinstance(module, kind) for module in model.modules()):
+            import_module("bitlayers.transformers")
+            self._integration = import_module("bitlayers.transformers.models")
+        self._models = self._integration.outermost(model) if self._integration else []
+
+    def refuse_foreign_quantization(self) -> None:
+        for model in self._models:
+            self._integration.refuse_foreign_quantization(model)
+
+    def describe(self) -> None:
+        for model in self._models:
+            self._integration.describe(model)
+
+    def describe_deployed(self) -> None:
+        for model in self._models:
+            self._integration.describe_deployed(model)

@@ -33,9 +33,12 @@ class AutoBitModel:
     def from_pretrained(directory: str | bytes | os.PathLike[str]) -> BitModelBase:
         """A saved model of any registered type, in evaluation mode. See `BitModelBase.from_pretrained`."""
         path = require_path(directory)
-        model_type, _ = read_config(path)
+        model_type, values = read_config(path)
         try:
             model = find_model(model_type)
         except QuantizationError as error:
-            raise FileError(f"{path / CONFIG_FILE}: {error}") from error
+            foreign = (
+                "; this is a model of transformers: see bitlayers.transformers" if "architectures" in values else ""
+            )
+            raise FileError(f"{path / CONFIG_FILE}: {error}{foreign}") from error
         return model.from_pretrained(directory)

@@ -1,0 +1,283 @@
+"""What config.json says of a model with ternary layers: `quantization_config`."""
+
+import copy
+import dataclasses
+import weakref
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Self
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bitcore.config import ActivationDtype, BitQuantConfig, Granularity
+from bitcore.exceptions import FileError, QuantizationError
+from bitcore.operators.checks import layout_of
+from bitlayers.bitlinear import BitLinear
+from bitlayers.convert import output_heads
+
+METHOD = "bitlab"
+FORMAT = 1
+
+Layout = Literal["2bit", "1.6bit"]
+State = Literal["trainable", "deployed"]
+
+_GROUP_SIZE = 128  # The only value that means nothing: no scale is per group yet.
+_CHOICES = {"layout": ("2bit", "1.6bit"), "state": ("trainable", "deployed")}
+_QUANT_FIELDS = tuple(field.name for field in dataclasses.fields(BitQuantConfig))
+_PLAN_FIELDS = (*_QUANT_FIELDS, *_CHOICES)
+_FIELDS = (*_PLAN_FIELDS, "modules", "modules_to_not_convert", "quant_method", "format", "group_size")
+
+
+class LayerPlan(NamedTuple):
+    """What one ternary layer is."""
+
+    quant_config: BitQuantConfig
+    layout: str
+    state: str
+
+    @classmethod
+    def of(cls, layer: BitLinear) -> Self:
+        layout = "2bit" if layer.qweight is None else layout_of(layer.qweight, layer.in_features) or "2bit"
+        return cls(layer.quant_config, layout, "deployed" if layer.is_deployed else "trainable")
+
+    def fields(self) -> dict[str, str]:
+        return {**dataclasses.asdict(self.quant_config), "layout": self.layout, "state": self.state}
+
+
+class BitLabConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model with ternary layers.
+
+    Given to `from_pretrained` with a checkpoint of float weights, it makes the model's linear layers ternary: every
+    `nn.Linear` of the base model (the decoder of a language model, the encoder of a classifier), but no head and none
+    of `modules_to_not_convert`. With a checkpoint that BitLab's layers were saved in, transformers makes it from
+    config.json.
+
+    Held by a model, it is a picture of the model: `to_dict()` and what is saved tell what the layers are now, not what
+    they were when the model was loaded.
+
+    Args:
+        weight_granularity, activation_dtype, activation_granularity: As in `BitQuantConfig`.
+        layout: How weights are packed: "2bit" or "1.6bit" (deployed layers).
+        state: "trainable": the layers keep float weights and train. "deployed": they are packed once loaded.
+        modules: Of every module that is not as the rest: `{"kind": "float"}`, or `{"kind": "ternary"}` and the fields
+            that differ.
+        modules_to_not_convert: Names, patterns or ends of names of layers that stay float, matched as by transformers.
+        quant_method: "bitlab".
+        format: 1.
+        group_size: 128.
+
+    Raises:
+        QuantizationError: an argument has a value that does not exist.
+    """
+
+    def __init__(
+        self,
+        weight_granularity: Granularity = "per_tensor",
+        activation_dtype: ActivationDtype = "int8",
+        activation_granularity: Granularity = "per_channel",
+        *,
+        layout: Layout = "2bit",
+        state: State = "trainable",
+        modules: Mapping[str, Mapping[str, str]] | None = None,
+        modules_to_not_convert: Collection[str] | None = None,
+        quant_method: str = METHOD,
+        format: int = FORMAT,
+        group_size: int = _GROUP_SIZE,
+    ) -> None:
+        _require("quant_method", quant_method, (METHOD,))
+        _require("format", format, (FORMAT,))
+        _require("group_size", group_size, (_GROUP_SIZE,))
+        self.quant_method = METHOD  # type: ignore[assignment]  # A str to transformers, which types it as its enum.
+        self.quant_config = BitQuantConfig(weight_granularity, activation_dtype, activation_granularity)
+        self.layout: str = _require("layout", layout, _CHOICES["layout"])
+        self.state: str = _require("state", state, _CHOICES["state"])
+        self.modules = _checked_modules(modules)
+        self.modules_to_not_convert = _checked_names(modules_to_not_convert)
+        for name in self.modules:
+            self.plan(name)  # Every value exists.
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """From a config.json's `quantization_config`.
+
+        Raises:
+            FileError: a field that is unknown (of a later version, perhaps), or a value that does not exist.
+        """
+        if unknown := sorted(set(config_dict) - set(_FIELDS)):
+            raise FileError(f"quantization_config has {unknown}, known are {sorted(_FIELDS)}")
+        try:
+            config = cls(**config_dict)
+        except (QuantizationError, TypeError) as error:
+            raise FileError(f"quantization_config: {error}") from error
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Self:
+        """The config of a model, which from now on shows what the model is."""
+        config = cls()
+        config._model = weakref.ref(model)
+        config._look()
+        return config
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """From now on shows what `model` is."""
+        self._model = weakref.ref(model)
+
+    def describes(self, model: PreTrainedModel) -> bool:
+        """Whether it shows `model`, or one that `model` is a part of."""
+        whole = None if self._model is None else self._model()
+        return whole is not None and any(part is model for part in whole.modules())
+
+    def plan(self, name: str) -> LayerPlan | None:
+        """What the ternary layer `name` is; None if it is float."""
+        own = dict(self.modules.get(name, {}))
+        if own.pop("kind", "ternary") == "float":
+            return None
+        values: dict[str, Any] = {**LayerPlan(self.quant_config, self.layout, self.state).fields(), **own}
+        for field, choices in _CHOICES.items():
+            _require(f"{field} of {name}", values[field], choices)
+        return LayerPlan(
+            BitQuantConfig(**{field: values[field] for field in _QUANT_FIELDS}), values["layout"], values["state"]
+        )
+
+    def plans(self, model: PreTrainedModel) -> dict[str, LayerPlan]:
+        """What each `nn.Linear` of a model becomes; those that stay float are not in it.
+
+        A name also fits with the base model's prefix or without it: transformers loads the checkpoint of a base model
+        into one with a head, and the other way round.
+        """
+        prefix = f"{model.base_model_prefix}."
+        plans = {}
+        for name, ternary in ternary_by_default(model).items():
+            names = (name, prefix + name, name.removeprefix(prefix))
+            listed = next((each for each in names if each in self.modules), None)
+            if listed is None and (not ternary or not should_convert_module(name, self.modules_to_not_convert)):
+                continue
+            plan = self.plan(name if listed is None else listed)
+            if plan is not None:
+                plans[name] = plan
+        return plans
+
+    def to_dict(self) -> dict[str, Any]:
+        """All that it says, as JSON holds it."""
+        self._look()
+        skipped = {"modules_to_not_convert": list(self.modules_to_not_convert)} if self.modules_to_not_convert else {}
+        return {
+            "quant_method": METHOD,
+            "format": FORMAT,
+            **LayerPlan(self.quant_config, self.layout, self.state).fields(),
+            "group_size": _GROUP_SIZE,
+            "modules": copy.deepcopy(self.modules),
+            **skipped,
+        }
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As a dict's: transformers asks a config in this way when it is given one that a model holds."""
+        return self.to_dict().get(key, default)
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BitLabConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy; of the copied model, if a model is being copied, and a picture that no longer changes otherwise."""
+        copied = self.from_dict(self.to_dict())
+        model = None if self._model is None else memo.get(id(self._model()))
+        if model is not None:
+            copied.follow(model)
+        return copied
+
+    def __copy__(self) -> Self:
+        return self.from_dict(self.to_dict())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_from_dict, (self.to_dict(),))
+
+    def _look(self) -> None:
+        """Describes the model that it belongs to, if there is one and it has ternary layers."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            return
+        plans: dict[str, LayerPlan | None] = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, BitLinear):
+                plans[name] = LayerPlan.of(layer)
+            elif type(layer) is nn.Linear:
+                plans[name] = None
+        ternary = [plan for plan in plans.values() if plan is not None]
+        if not ternary:
+            return
+        ((most, _),) = Counter(ternary).most_common(1)
+        self.quant_config, self.layout, self.state = most
+        defaults = ternary_by_default(model)
+        self.modules = {
+            name: _module_fields(plan, most)
+            for name, plan in plans.items()
+            if plan != (most if defaults[name] else None)
+        }
+        self.modules_to_not_convert = []  # They are in modules now, by their names.
+
+
+def ternary_by_default(model: PreTrainedModel) -> dict[str, bool]:
+    """Of every `nn.Linear` and BitLinear: whether it is ternary unless a config says otherwise.
+
+    What is inside the base model is, heads are not.
+    """
+    heads = set(output_heads(model))
+    inside = set(map(id, model.base_model.modules()))
+    return {
+        name: id(module) in inside and name not in heads
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear or isinstance(module, BitLinear)
+    }
+
+
+def _module_fields(plan: LayerPlan | None, most: LayerPlan) -> dict[str, str]:
+    if plan is None:
+        return {"kind": "float"}
+    rest = most.fields()
+    return {"kind": "ternary"} | {field: value for field, value in plan.fields().items() if value != rest[field]}
+
+
+def _from_dict(values: dict[str, Any]) -> BitLabConfig:
+    config: BitLabConfig = BitLabConfig.from_dict(values)
+    return config
+
+
+def _require(name: str, value: Any, choices: tuple[object, ...]) -> Any:
+    if isinstance(value, bool) or value not in choices:
+        raise QuantizationError(f"{name} is {value!r}, expected {' or '.join(map(repr, choices))}")
+    return value
+
+
+def _checked_modules(modules: object) -> dict[str, dict[str, str]]:
+    if modules is None:
+        return {}
+    if not isinstance(modules, Mapping) or not all(isinstance(fields, Mapping) for fields in modules.values()):
+        raise QuantizationError(f"modules is {modules!r}, expected names with fields")
+    for name, fields in modules.items():
+        _require(f"kind of {name}", fields.get("kind"), ("ternary", "float"))
+        allowed = {"kind", *_PLAN_FIELDS} if fields["kind"] == "ternary" else {"kind"}
+        if unknown := sorted(set(fields) - allowed):
+            raise QuantizationError(f"modules has {unknown} for {name}, known are {sorted(allowed)}")
+    return {name: dict(fields) for name, fields in modules.items()}
+
+
+def _checked_names(names: object) -> list[str]:
+    if names is None:
+        return []
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Collection)
+        or not all(isinstance(name, str) and name for name in names)
+    ):
+        raise QuantizationError(f"modules_to_not_convert is {names!r}, expected a collection of names")
+    return list(names)
