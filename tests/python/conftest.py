@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch starts its threads. Threads that wait give the core away: others want it. Processes beside each other
 # share the cores; a test of more threads than one says so.
@@ -21,6 +22,16 @@ from support import ALL_KERNELS, FLOAT32_KERNELS, INT8_KERNELS, torch_threads
 hypothesis.settings.register_profile("fixed", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.register_profile("explore", deadline=None, database=None, max_examples=1000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+# Medium tests alone, of packages that take seconds to import: no quick run even collects them.
+SLOW_TO_IMPORT = ("test_peft.py", "test_transformers.py")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """None where pytest decides itself."""
+    leaves_out = "not medium" in (config.option.markexpr or "")
+    return True if leaves_out and collection_path.name in SLOW_TO_IMPORT else None
 
 
 @pytest.fixture(params=ALL_KERNELS)

@@ -393,6 +393,7 @@ def forward_fields(qweight: Bytes, x: torch.Tensor, scale: torch.Tensor, schema:
     return oracle.forward_codes(x.numpy(), codes, scale.numpy(), None, schema, "float32")
 
 
+@pytest.mark.medium
 def test_flips_in_the_payload(kernel: str) -> None:
     """Readers refuse every flip; forward raises where a field becomes 3, else computes what the bytes say."""
     rng = np.random.default_rng(82)

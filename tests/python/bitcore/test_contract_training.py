@@ -349,6 +349,7 @@ def ours_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return bitlinear.forward(x=x, weight=weight, bias=bias, quant_config=config_of(schema), training=True)
 
 
+@pytest.mark.medium
 @pytest.mark.usefixtures("one_thread")
 def test_200_training_steps(schema: Schema) -> None:
     """Two layers learn to classify; at each step plain PyTorch, from a copy of our weights, must agree."""

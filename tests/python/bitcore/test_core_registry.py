@@ -120,6 +120,7 @@ def _infer(config: BitQuantConfig = PER_TOKEN) -> Tensor:
 # ---- built-in kernels ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kernel", SUPPORTED, ids=lambda kernel: kernel.name)
 def test_every_built_in_kernel_keeps_the_contract(kernel: BitKernelBase) -> None:
     check_kernel(kernel)

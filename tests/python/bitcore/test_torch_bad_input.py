@@ -279,6 +279,7 @@ def test_compiled_code(kind: str, training: bool) -> None:
     assert word in str(caught.value)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("kind", ["sparse COO", "nested", "quantized"])
 def test_compiled_code_of_what_the_compiler_itself_refuses(kind: str) -> None:
     """Without fullgraph torch leaves such a call to eager mode, which raises as ever."""

@@ -343,6 +343,7 @@ def test_peer_groups() -> None:
     assert {peer.group for peer in PEERS} == {"torch", "onednn", "transformers", "ggml"}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
 @pytest.mark.parametrize("rotated_bytes", [0, 200_000])
 def test_a_peer_computes_the_layer_from_every_copy(peer: Peer, rotated_bytes: int) -> None:

@@ -58,7 +58,12 @@ def test_adapters_train_on_packed_weights(options: dict[str, Any]) -> None:
 
 def test_adapters_are_saved_and_taken_off(tmp_path: Path) -> None:
     model = adapted()
+    with torch.no_grad():
+        assert_same_bits(model(X), deployed()(X))  # B is zero at first.
     step(model)
+    assert not [name for name in peft.get_peft_model_state_dict(model) if "qweight" in name]
+    with torch.no_grad(), model.disable_adapter():
+        assert_same_bits(model(X), deployed()(X))
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(deployed(), str(tmp_path))
     with torch.no_grad():

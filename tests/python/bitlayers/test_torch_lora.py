@@ -129,32 +129,3 @@ def test_adapters_train_under_autocast_and_compiled() -> None:
     again = train(compiled, steps=30)
     assert math.isfinite(again[-1])
     assert again[-1] < losses[-1]
-
-
-def test_peft_adapts_a_deployed_model() -> None:
-    """PEFT's own LoRA layers around deployed BitLinears. The model stays in evaluation mode: train() is refused."""
-    reason = "peft is not installed: it needs transformers and much more, too heavy for our tests"
-    peft = pytest.importorskip("peft", reason=reason)
-
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.relu, self.second = deployed_network(PER_TOKEN)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.relu(self.first(x)))
-
-    network, x = Network(), task()[0]
-    expected = network(x)
-    model = peft.get_peft_model(network, peft.LoraConfig(r=4, target_modules=["first", "second"])).eval()
-    assert_same_bits(model(x).detach(), expected)
-    before = packed_state(model)
-    losses = train(model)
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(torch.equal(value, before[name]) for name, value in packed_state(model).items())
-    with model.disable_adapter():
-        assert_same_bits(model(x).detach(), expected)
-    adapter = peft.get_peft_model_state_dict(model)
-    assert len(adapter) == 4
-    assert not [name for name in adapter if "qweight" in name]
-    assert_same_bits(model.unload()(x), expected)

@@ -250,6 +250,7 @@ def test_jit_script_is_refused() -> None:
         torch.jit.script(nn.Sequential(BitLinear(4, 4)))
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("state", STATES)
 def test_compiled_autograd(state: str) -> None:
     model = block(state)
@@ -313,6 +314,7 @@ def test_an_encoder_layer_computes_with_ternary_weights(make: Callable[[Any], An
     torch.testing.assert_close(found[:, :3], expected[:, :3], rtol=0, atol=1e-5)
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("deployed", [False, True])
 @torch.no_grad()
 def test_a_converted_encoder_may_be_compiled(deployed: bool) -> None:

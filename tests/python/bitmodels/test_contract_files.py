@@ -51,6 +51,7 @@ def test_truncated_anywhere(saved: Path) -> None:
     AutoBitModel.from_pretrained(saved)
 
 
+@pytest.mark.medium
 def test_each_flip_in_packed_weights_is_refused(saved: Path) -> None:
     path = saved / WEIGHTS
     content = path.read_bytes()
