@@ -19,7 +19,8 @@ class QuantizationError : public BitLabError {
   using BitLabError::BitLabError;
 };
 
-/// A file that is damaged, foreign, or does not belong with the files beside it. The message begins with its path.
+/// A file that cannot be read or written, is damaged or foreign, or does not belong with the files beside it. The
+/// message begins with its path.
 class FileError : public QuantizationError {
  public:
   using QuantizationError::QuantizationError;

@@ -19,6 +19,14 @@ template <class... Parts>
   throw QuantizationError(text.str());
 }
 
+/// The same as a FileError, whose text begins with the file's path, or with what stands for it.
+template <class... Parts>
+[[noreturn]] void fail_file(const std::string& path, const Parts&... parts) {
+  std::ostringstream text;
+  ((text << path << ": ") << ... << parts);
+  throw FileError(text.str());
+}
+
 /// Kernels call it after their loops have met a code that does not exist.
 [[noreturn]] inline void fail_invalid_code() {
   fail("qweight holds an invalid code: a 2-bit field of 3, or a byte above 242 at 1.6 bits");
