@@ -14,7 +14,6 @@
 #include <cstring>
 #include <exception>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
 #include <optional>
 #include <stdexcept>
@@ -217,7 +216,6 @@ class Matrix {
         view_(bytes_.data(), dtype, rows, cols, cols) {}
 
   const MatrixView& view() const { return view_; }
-  const std::vector<std::byte>& bytes() const { return bytes_; }
 
  private:
   std::vector<std::byte> bytes_;
@@ -257,18 +255,10 @@ Matrix run(const Model& model, ConstMatrixView x, const bitcore::bitlinear::Opti
 
 // --- files and arguments ---------------------------------------------------------------------------------------------
 
-// A safetensors file with the one tensor "y": header length, JSON header padded to 8 bytes, data.
-void write_output(const std::string& path, const Matrix& y, const std::string& dtype) {
-  std::string header = "{\"y\":{\"dtype\":\"" + dtype + "\",\"shape\":[" + std::to_string(y.view().rows) + "," +
-                       std::to_string(y.view().cols) + "],\"data_offsets\":[0," + std::to_string(y.bytes().size()) +
-                       "]}}";
-  header.resize((header.size() + 7) / 8 * 8, ' ');
-  std::ofstream file(path, std::ios::binary);
-  for (int byte = 0; byte < 8; ++byte) file.put(static_cast<char>(std::uint64_t{header.size()} >> (8 * byte)));
-  file << header;
-  file.write(reinterpret_cast<const char*>(y.bytes().data()), static_cast<std::streamsize>(y.bytes().size()));
-  file.close();
-  if (!file) fail(path + ": cannot be written");
+void write_output(const std::string& path, const Matrix& y) {
+  bitcore::SafetensorsWriter writer;
+  writer.add("y", y.view());
+  writer.save(path);
 }
 
 struct Arguments {
@@ -315,7 +305,7 @@ void run_program(const Arguments& arguments) {
   const auto start = std::chrono::steady_clock::now();
   const Matrix y = run(model, x.matrix(), options);
   const std::chrono::duration<double, std::micro> elapsed = std::chrono::steady_clock::now() - start;
-  write_output(arguments.paths[2], y, x.dtype);
+  write_output(arguments.paths[2], y);
   print_summary(model, y, arguments, elapsed.count());
 }
 

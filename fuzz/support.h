@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "bitcore/io.h"
 #include "bitcore/ops/packing.h"
 
 namespace bitcore::fuzz {
@@ -54,47 +55,23 @@ enum QweightMode : std::uint8_t {
 inline constexpr std::int64_t kMostOutFeatures = 40;  // two tiles of 16 rows and a half
 inline constexpr std::int64_t kMostInFeatures = 100;  // a few steps of any layout
 
-/// A safetensors file with this metadata (any text) and these U8, F32 tensors.
+/// A tensor of a safetensors file.
 struct FileTensor {
   std::string dtype;
   std::vector<std::int64_t> shape;
   std::string bytes;
 };
 
-inline std::string json_string(std::string_view text) {
-  constexpr char kHex[] = "0123456789abcdef";
-  std::string json = "\"";
-  for (const char c : text) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (c == '"' || c == '\\' || byte < 0x20) {
-      (json += "\\u00") += {kHex[byte >> 4], kHex[byte & 15]};
-    } else {
-      json += c;
-    }
-  }
-  return json + '"';
-}
-
+/// @throws QuantizationError for metadata that is no UTF-8.
 inline std::string safetensors(const std::map<std::string, std::string>& metadata,
                                const std::map<std::string, FileTensor>& tensors) {
-  std::string header = "{\"__metadata__\":{", data;
-  for (const auto& [key, value] : metadata) {
-    header += (header.back() == '{' ? "" : ",") + json_string(key) + ":" + json_string(value);
-  }
-  header += "}";
+  SafetensorsWriter writer;
+  for (const auto& [key, value] : metadata) writer.set_metadata(key, value);
   for (const auto& [name, tensor] : tensors) {
-    std::string shape;
-    for (const std::int64_t size : tensor.shape) shape += (shape.empty() ? "" : ",") + std::to_string(size);
-    header += "," + json_string(name) + ":{\"dtype\":\"" + tensor.dtype + "\",\"shape\":[" + shape +
-              "],\"data_offsets\":[" + std::to_string(data.size()) + ",";
-    data += tensor.bytes;
-    header += std::to_string(data.size()) + "]}";
+    writer.add(name, tensor.dtype, tensor.shape, std::as_bytes(std::span(tensor.bytes)));
   }
-  header += "}";
-  header.resize((header.size() + 7) / 8 * 8, ' ');
-  std::string file;
-  for (int byte = 0; byte < 8; ++byte) file += static_cast<char>(std::uint64_t{header.size()} >> (8 * byte));
-  return file + header + data;
+  const std::vector<std::byte> file = writer.to_bytes();
+  return {reinterpret_cast<const char*>(file.data()), file.size()};
 }
 
 template <class T>

@@ -63,19 +63,12 @@ float train_step(const Floats& x, const Floats& target, Floats& weight, Floats& 
   return loss;
 }
 
-// A safetensors file: the length of the header, the header, the bytes.
-std::string save(const bitcore::bitlinear::PreparedWeights& weights) {
-  const std::string size = std::to_string(weights.qweight.size());
-  const std::string end = std::to_string(weights.qweight.size() + sizeof(float));
-  const std::string header = R"({"qweight":{"dtype":"U8","shape":[)" + std::to_string(kOut) + "," +
-                             std::to_string(weights.shape.row_bytes()) + R"(],"data_offsets":[0,)" + size +
-                             R"(]},"qweight_scale":{"dtype":"F32","shape":[],"data_offsets":[)" + size + "," + end +
-                             "]}}";
-  std::string file;
-  for (int byte = 0; byte < 8; ++byte) file += static_cast<char>(std::uint64_t{header.size()} >> (8 * byte));
-  file += header;
-  file.append(weights.qweight.begin(), weights.qweight.end());
-  return file.append(reinterpret_cast<const char*>(weights.scale.data()), sizeof(float));
+// A safetensors file in memory; writer.save(path) writes it to a disk.
+std::vector<std::byte> save(const bitcore::bitlinear::PreparedWeights& weights) {
+  bitcore::SafetensorsWriter writer;
+  writer.add("qweight", weights.view());
+  writer.add("qweight_scale", "F32", {}, std::as_bytes(std::span(weights.scale)));
+  return writer.to_bytes();
 }
 
 int main() {
@@ -111,8 +104,8 @@ int main() {
   require(again == y, "threads of the program's own, the same bits");
 
   // A file is read in place; check_qweight reads every byte of it.
-  std::string bytes = save(prepared);
-  const auto file = bitcore::SafetensorsFile::from_bytes(std::as_bytes(std::span(bytes)), "layer.safetensors");
+  const std::vector<std::byte> bytes = save(prepared);
+  const auto file = bitcore::SafetensorsFile::from_bytes(bytes, "layer.safetensors");
   const bitcore::ConstMatrixView qweight = file.tensor("qweight").matrix();
   bitcore::check_qweight(qweight, kIn);
   bitcore::bitlinear::forward(x_view, file.tensor("qweight_scale").floats(), qweight, bias_view, kConfig,

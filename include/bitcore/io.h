@@ -1,5 +1,5 @@
 /// @file io.h
-/// Opens a safetensors file by mmap, or one that lies in memory, and hands out checked views of it.
+/// Reads safetensors files, mapped or in memory, as checked views, and writes them.
 /// Format: 8 bytes little-endian header length, a JSON header, the tensors' bytes (huggingface.co/docs/safetensors).
 #pragma once
 
@@ -46,6 +46,7 @@ struct TensorEntry {
 class SafetensorsFile {
  public:
   /// @throws FileError where the file cannot be read, is truncated or is no valid safetensors file.
+  /// @throws QuantizationError for an empty path.
   explicit SafetensorsFile(const std::string& path);
 
   /// The same of a file's bytes in memory: part of the program, or received from elsewhere. The tensors are views of
@@ -77,6 +78,55 @@ class SafetensorsFile {
  private:
   struct Impl;
   explicit SafetensorsFile(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+/// Collects tensors and writes them as one safetensors file.
+///
+/// The data begin at a multiple of 64 bytes, and tensors whose size is a multiple of 64 come first: where the file is
+/// mapped, each of those begins on a cache line. The others are aligned for their elements. What is added is viewed,
+/// not copied: it stays alive and unchanged until it is written.
+class SafetensorsWriter {
+ public:
+  /// Without tensors.
+  SafetensorsWriter();
+  ~SafetensorsWriter();
+  /// Takes the tensors of `other`, which can only be assigned to afterwards.
+  SafetensorsWriter(SafetensorsWriter&& other) noexcept;
+  /// As the constructor.
+  SafetensorsWriter& operator=(SafetensorsWriter&& other) noexcept;
+
+  /// Adds a matrix; its rows may lie apart.
+  /// @throws QuantizationError for a name that is taken, is "__metadata__" or no UTF-8, and for a view without memory.
+  void add(std::string name, ConstMatrixView tensor);
+
+  /// Adds a vector.
+  /// @throws QuantizationError as for a matrix.
+  void add(std::string name, ConstVectorView tensor);
+
+  /// Adds a tensor of any shape, a scalar (no sizes) too, and of any dtype of the format.
+  /// @param dtype As the format names it: "F32", "BF16", "I64", ...
+  /// @param bytes Row-major and contiguous.
+  /// @throws QuantizationError as for a matrix, for an unknown dtype, and for bytes that do not fit dtype and shape.
+  void add(std::string name, std::string dtype, std::vector<std::int64_t> shape, std::span<const std::byte> bytes);
+
+  /// Sets an entry of `__metadata__`.
+  /// @throws QuantizationError if one of both is no UTF-8.
+  void set_metadata(std::string key, std::string value);
+
+  /// Writes the file beside its place, waits until it is on the disk, and renames it. A file of that name stays what it
+  /// was until the new one is complete; views of it stay valid. Concurrent calls for one path are safe: one of them
+  /// wins. A pipe or a device is written directly.
+  /// @throws FileError where it cannot be written: nothing has changed and no temporary file remains.
+  /// @throws QuantizationError for an empty path, and where names and metadata exceed the format's 100 MB.
+  void save(const std::string& path) const;
+
+  /// The same file in memory.
+  /// @throws QuantizationError where names and metadata exceed the format's 100 MB.
+  std::vector<std::byte> to_bytes() const;
+
+ private:
+  struct Impl;
   std::unique_ptr<Impl> impl_;
 };
 

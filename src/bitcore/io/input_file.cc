@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "bitcore/base/checks.h"
+#include "bitcore/io/path.h"
 
 namespace bitcore {
 namespace {
@@ -22,7 +23,9 @@ Mapping::~Mapping() {
   if (data_ != nullptr) ::munmap(const_cast<void*>(data_), size_);
 }
 
-InputFile::InputFile(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+InputFile::InputFile(const std::string& path) : path_(path) {
+  check_path(path);
+  descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) fail_file(path, "cannot be opened: ", reason(errno));
 }
 

@@ -32,6 +32,7 @@ class Mapping {
 class InputFile {
  public:
   /// @throws FileError where it cannot be opened.
+  /// @throws QuantizationError for an empty path.
   explicit InputFile(const std::string& path);
   ~InputFile();
   InputFile(const InputFile&) = delete;
@@ -47,7 +48,7 @@ class InputFile {
 
  private:
   const std::string& path_;
-  int descriptor_;
+  int descriptor_ = -1;
 };
 
 }  // namespace bitcore

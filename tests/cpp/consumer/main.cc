@@ -140,24 +140,17 @@ void check_registry(const Layer& layer, const std::vector<float>& x, const bitco
   check(run(layer, x, weights) == expected, "and no longer when it is removed");
 }
 
-// A safetensors file with the packed weight and its scale.
-std::string save(const bitcore::bitlinear::PreparedWeights& weights) {
-  const std::string qweight(weights.qweight.begin(), weights.qweight.end());
-  const std::string scale(reinterpret_cast<const char*>(weights.scale.data()), sizeof(float));
-  const std::string end = std::to_string(qweight.size());
-  const std::string header = R"({"qweight":{"dtype":"U8","shape":[)" + std::to_string(kOut) + "," +
-                             std::to_string(weights.shape.row_bytes()) + R"(],"data_offsets":[0,)" + end +
-                             R"(]},"qweight_scale":{"dtype":"F32","shape":[],"data_offsets":[)" + end + "," +
-                             std::to_string(qweight.size() + sizeof(float)) + "]}}";
-  std::string file;
-  for (int byte = 0; byte < 8; ++byte) file += static_cast<char>(std::uint64_t{header.size()} >> (8 * byte));
-  return file + header + qweight + scale;
+std::vector<std::byte> save(const bitcore::bitlinear::PreparedWeights& weights) {
+  bitcore::SafetensorsWriter writer;
+  writer.add("qweight", weights.view());
+  writer.add("qweight_scale", "F32", {}, std::as_bytes(std::span(weights.scale)));
+  return writer.to_bytes();
 }
 
 void check_file(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
                 const Outputs& expected) {
-  std::string bytes = save(weights);
-  const auto file = bitcore::SafetensorsFile::from_bytes(std::as_bytes(std::span(bytes)), "saved");
+  const std::vector<std::byte> bytes = save(weights);
+  const auto file = bitcore::SafetensorsFile::from_bytes(bytes, "saved");
   const bitcore::ConstMatrixView qweight = file.tensor("qweight").matrix();
   bitcore::check_qweight(qweight, kIn);
   Outputs y(kTokens * kOut);
