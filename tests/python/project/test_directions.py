@@ -30,6 +30,9 @@ PUBLIC = {
     "bitcore/version.h": "base",
 }
 
+# Headers of bitcore's sources for all C++ packages of the project, and for no user.
+SHARED = {"bitcore/base/checks.h", "bitcore/io/json.h"}
+
 # Within bitcore: modules and packages, each importing only what stands in a line before its own, or in it.
 MODULES = (
     ("_requirements", "_library", "_torch_private", "exceptions"),
@@ -43,7 +46,7 @@ MODULES = (
 
 
 def included(text: str) -> list[str]:
-    return re.findall(r'^#include "(bitcore/[^"]+)"', text, re.MULTILINE)
+    return re.findall(r'^#include "((?:bitcore|bitlayers|bitmodels|bitlab)/[^"]+)"', text, re.MULTILINE)
 
 
 def folder_of(header: str) -> str:
@@ -52,14 +55,36 @@ def folder_of(header: str) -> str:
 
 def upward_includes(folder: str, text: str) -> list[str]:
     rank = FOLDERS.index(folder)
-    return [header for header in included(text) if FOLDERS.index(folder_of(header)) > rank]
+    return [
+        header
+        for header in included(text)
+        if not header.startswith("bitcore/") or FOLDERS.index(folder_of(header)) > rank
+    ]
+
+
+def foreign_includes(package: str, text: str) -> list[str]:
+    """Includes of packages above, and of files of packages below that are neither public nor shared."""
+    found = []
+    for header in included(text):
+        owner = header.split("/")[0]
+        above = PACKAGES.index(owner) > PACKAGES.index(package)
+        private = owner != package and header not in SHARED and not (ROOT / "include" / header).is_file()
+        found += [header] * (above or private)
+    return found
+
+
+def files_of(*folders: str) -> Iterator[tuple[str, str]]:
+    """Of every C++ file below the folders: its name, its text."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.[ch]*")):
+            if path.suffix in (".h", ".cc"):
+                yield str(path.relative_to(ROOT)), path.read_text()
 
 
 def sources() -> Iterator[tuple[str, str, str]]:
     """Of every file of the engine: its name, its folder, its text."""
-    for path in sorted((ROOT / "src" / "bitcore").rglob("*.[ch]*")):
-        if path.suffix in (".h", ".cc"):
-            yield str(path.relative_to(ROOT)), path.parent.name, path.read_text()
+    for name, text in files_of("src/bitcore"):
+        yield name, name.split("/")[-2], text
     for header, folder in PUBLIC.items():
         yield f"include/{header}", folder, (ROOT / "include" / header).read_text()
 
@@ -107,7 +132,7 @@ def private_imports(package: str, part: str, text: str) -> list[str]:
 
 
 def test_every_public_header_has_a_place() -> None:
-    headers = {str(path.relative_to(ROOT / "include")) for path in (ROOT / "include").rglob("*.h")}
+    headers = {name.removeprefix("include/") for name, _ in files_of("include/bitcore")}
     assert headers == set(PUBLIC)
 
 
@@ -116,8 +141,20 @@ def test_no_include_of_the_engine_points_up() -> None:
     assert found == set()
 
 
-def test_the_engine_knows_neither_torch_nor_python() -> None:
-    for name, _, text in sources():
+@pytest.mark.parametrize("package", ["bitlayers"])
+def test_no_include_of_another_cpp_package_points_up_or_inside(package: str) -> None:
+    files = list(files_of(f"include/{package}", f"src/{package}"))
+    assert files
+    assert {name: found for name, text in files if (found := foreign_includes(package, text))} == {}
+
+
+def test_the_public_headers_include_public_headers_only() -> None:
+    for name, text in files_of("include"):
+        assert [header for header in included(text) if not (ROOT / "include" / header).is_file()] == [], name
+
+
+def test_the_cpp_packages_know_neither_torch_nor_python() -> None:
+    for name, text in files_of("include", "src"):
         assert not re.search(r"#include [<\"](torch|ATen|c10|Python|pybind11)", text), name
 
 
@@ -157,6 +194,13 @@ def test_an_arrow_that_points_up_is_noticed() -> None:
     assert upward_includes("packing", planted) == ["bitcore/kernels/tile_functions.h"]
     assert upward_includes("quantize", '#include "bitcore/ops/bitlinear.h"\n') == ["bitcore/ops/bitlinear.h"]
     assert upward_includes("linear", planted) == []
+    assert upward_includes("linear", '#include "bitlayers/bitlinear.h"\n') == ["bitlayers/bitlinear.h"]
+    assert foreign_includes("bitlayers", planted + '#include "bitmodels/mlp.h"\n#include "bitcore/io.h"\n') == [
+        "bitcore/base/math.h",
+        "bitcore/kernels/tile_functions.h",
+        "bitmodels/mlp.h",
+    ]
+    assert foreign_includes("bitmodels", '#include "bitlayers/bitlinear.h"\n#include "bitcore/io/json.h"\n') == []
     assert upward_imports("bitlayers", "def f():\n    from bitmodels.base import x\n    import bitlab.cli\n") == [
         "bitmodels.base",
         "bitlab.cli",
