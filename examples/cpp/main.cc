@@ -3,17 +3,16 @@
 #include <cstdint>
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <new>
 #include <random>
-#include <span>
-#include <string>
 #include <vector>
 
 #include "bitcore/exceptions.h"
 #include "bitcore/executor.h"
 #include "bitcore/io.h"
 #include "bitcore/ops/bitlinear.h"
-#include "bitcore/ops/packing.h"
+#include "bitlayers/bitlinear.h"
 
 // Counts what this program allocates, to show that forward with a workspace does not.
 std::int64_t allocations = 0;
@@ -63,14 +62,6 @@ float train_step(const Floats& x, const Floats& target, Floats& weight, Floats& 
   return loss;
 }
 
-// A safetensors file in memory; writer.save(path) writes it to a disk.
-std::vector<std::byte> save(const bitcore::bitlinear::PreparedWeights& weights) {
-  bitcore::SafetensorsWriter writer;
-  writer.add("qweight", weights.view());
-  writer.add("qweight_scale", "F32", {}, std::as_bytes(std::span(weights.scale)));
-  return writer.to_bytes();
-}
-
 int main() {
   const Floats x = random_floats(kTokens * kIn, 1), target = random_floats(kTokens * kOut, 2);
   Floats weight = random_floats(kOut * kIn, 3), bias(kOut), y(kTokens * kOut), again(y.size());
@@ -83,38 +74,38 @@ int main() {
   for (int step = 0; step < 100; ++step) last = train_step(x, target, weight, bias);
   require(last < 0.5f * first, "training halves the loss");
 
-  // Packing, once; then inference, any number of times.
-  const auto prepared = bitcore::bitlinear::prepare_weights({weight.data(), kOut, kIn}, kConfig);
-  bitcore::bitlinear::forward(x_view, prepared, bias_view, kConfig, {y.data(), kTokens, kOut});
+  // Packing, once; then inference, any number of times. A layer holds its config, packed weight, scales and bias.
+  const auto layer = bitlayers::BitLinear::deploy({weight.data(), kOut, kIn}, bias_view, kConfig);
+  layer.forward(x_view, {y.data(), kTokens, kOut});
   bitcore::bitlinear::forward_training(x_view, {weight.data(), kOut, kIn}, bias_view, kConfig,
                                        {again.data(), kTokens, kOut});
   require(again == y, "training and inference return the same bits");
 
   // Memory that is reused from call to call: nothing is allocated.
   bitcore::bitlinear::Options options{.executor = &bitcore::serial_executor()};
-  std::vector<std::byte> workspace(bitcore::bitlinear::workspace_size(kTokens, prepared.shape, kConfig, options));
+  std::vector<std::byte> workspace(layer.workspace_size(kTokens, options));
   options.workspace = workspace;
   const std::int64_t before = allocations;
-  bitcore::bitlinear::forward(x_view, prepared, bias_view, kConfig, {again.data(), kTokens, kOut}, options);
+  layer.forward(x_view, {again.data(), kTokens, kOut}, options);
   require(allocations == before && again == y, "with a workspace forward allocates nothing");
 
   bitcore::ThreadPool threads(2);
-  bitcore::bitlinear::forward(x_view, prepared, bias_view, kConfig, {again.data(), kTokens, kOut},
-                              {.executor = &threads});
+  layer.forward(x_view, {again.data(), kTokens, kOut}, {.executor = &threads});
   require(again == y, "threads of the program's own, the same bits");
 
-  // A file is read in place; check_qweight reads every byte of it.
-  const std::vector<std::byte> bytes = save(prepared);
-  const auto file = bitcore::SafetensorsFile::from_bytes(bytes, "layer.safetensors");
-  const bitcore::ConstMatrixView qweight = file.tensor("qweight").matrix();
-  bitcore::check_qweight(qweight, kIn);
-  bitcore::bitlinear::forward(x_view, file.tensor("qweight_scale").floats(), qweight, bias_view, kConfig,
-                              {again.data(), kTokens, kOut});
+  // A file is read in place, and every byte of it is checked. The layer keeps it open.
+  bitcore::SafetensorsWriter writer;
+  layer.add_to(writer, "layer.");
+  writer.save("layer.safetensors");
+  const auto file = std::make_shared<const bitcore::SafetensorsFile>("layer.safetensors");
+  const auto names = bitlayers::LayerTensors::find(*file, "layer.");
+  const auto loaded = bitlayers::BitLinear::load(file, names, kOut, kIn, kConfig);
+  loaded.forward(x_view, {again.data(), kTokens, kOut});
   require(again == y, "a saved layer returns the same bits");
 
   // An argument that does not fit is an exception that says what and why.
   try {
-    bitcore::check_qweight(qweight, kIn + 1);
+    bitlayers::BitLinear::load(file, names, kOut, kIn + 1, kConfig);
     require(false, "a wrong width is an error");
   } catch (const bitcore::QuantizationError& error) {
     std::cout << "ok      QuantizationError: " << error.what() << "\n";
