@@ -1,13 +1,10 @@
-// Any text as a configuration: names of granularities, dtypes, layouts and kernels, and the metadata from which the
-// example program makes a BitMLP. Refused with the documented error, or it means what it says.
+// Any text as a configuration: names of granularities, dtypes, layouts and kernels, and the metadata from which a
+// BitMLP is made. Refused with the documented error, or it means what it says.
 #include "bitcore/config.h"
 #include "bitcore/exceptions.h"
 #include "bitcore/kernels/registry.h"
+#include "bitmodels/mlp.h"
 #include "fuzz/support.h"
-
-#define main run_bitmlp_main
-#include "examples/run_bitmlp.cc"
-#undef main
 
 namespace bitcore::fuzz {
 namespace {
@@ -39,25 +36,35 @@ std::map<std::string, std::string> parse_lines(std::string_view text) {
   return lines;
 }
 
-void check_model(const Model& model, const std::map<std::string, std::string>& metadata) {
-  require(std::to_string(model.layers.size()) == metadata.at("n_layers"), "the model has n_layers layers");
-  require(to_string(model.config.weight_granularity) == metadata.at("quant_config.weight_granularity"),
+// A text that means a number may be written in other ways.
+bool means(const std::string& text, std::int64_t number) {
+  return text == std::to_string(number) || std::strtod(text.c_str(), nullptr) == static_cast<double>(number);
+}
+
+void check_model(const bitmodels::BitMLPModel& model, const std::map<std::string, std::string>& metadata) {
+  const bitmodels::BitMLPConfig& config = model.config();
+  require(means(metadata.at("n_layers"), static_cast<std::int64_t>(model.layers().size())),
+          "the model has n_layers layers");
+  require(to_string(config.quant_config.weight_granularity) == metadata.at("quant_config.weight_granularity"),
           "the model has the configured weight_granularity");
-  require(to_string(model.config.activation_dtype) == metadata.at("quant_config.activation_dtype"),
+  require(to_string(config.quant_config.activation_dtype) == metadata.at("quant_config.activation_dtype"),
           "the model has the configured activation_dtype");
-  const std::vector<float> x(static_cast<std::size_t>(model.layers.front().in_features), 1.0f);
-  const Matrix y = run(model, {x.data(), 1, model.layers.front().in_features}, {&serial_executor(), {}});
-  require(std::to_string(y.view().cols) == metadata.at("out_channels"), "the model has out_channels outputs");
+  require(means(metadata.at("out_channels"), config.out_channels), "the model has out_channels outputs");
+  const std::vector<float> x(static_cast<std::size_t>(config.in_channels), 1.0f);
+  std::vector<float> y(static_cast<std::size_t>(config.out_channels));
+  model.forward({x.data(), 1, config.in_channels}, {y.data(), 1, config.out_channels}, {&serial_executor(), {}});
 }
 
 void check(std::string_view input) {
   const std::map<std::string, std::string> metadata = parse_lines(input.substr(1));
   if (!metadata.empty()) check_names(metadata.begin()->second);
   static const std::map<std::string, FileTensor> tensors[] = {mlp_tensors(false), mlp_tensors(true)};
-  const std::string file = safetensors(metadata, tensors[input[0] & 1]);
-  // The program's own errors are std::runtime_error, as are the engine's.
-  throws<std::runtime_error>(
-      [&] { check_model(read_model(SafetensorsFile::from_bytes(std::as_bytes(std::span(file)), "input")), metadata); });
+  throws<QuantizationError>([&] {
+    const std::string file = safetensors(metadata, tensors[input[0] & 1]);
+    check_model(bitmodels::BitMLPModel::from_file(SafetensorsFile::from_bytes(std::as_bytes(std::span(file)), "input"),
+                                                  serial_executor()),
+                metadata);
+  });
 }
 
 }  // namespace

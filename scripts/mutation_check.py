@@ -22,7 +22,7 @@ TREE = ("CMakeLists.txt", "cmake", "include", "src", "benchmarks", "bindings", "
 TEST_SECONDS = 300
 
 # -O1: half the time to compile, and the kernels are still fast enough.
-CMAKE_OPTIONS = ("-DBITLAB_TORCH=OFF", "-DBITLAB_EXAMPLES=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG")
+CMAKE_OPTIONS = ("-DBITLAB_TORCH=OFF", "-DBITLAB_TOOLS=OFF", "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG")
 MACHINES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # options of CMake, how the tests are started
     "x86": ((), ()),
     "arm64": (

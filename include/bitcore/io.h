@@ -63,6 +63,9 @@ class SafetensorsFile {
   /// As the constructor.
   SafetensorsFile& operator=(SafetensorsFile&& other) noexcept;
 
+  /// The path, or the name that stands for it in error messages.
+  const std::string& path() const;
+
   /// Whether the file has a tensor of this name.
   bool contains(std::string_view name) const;
 

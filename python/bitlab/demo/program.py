@@ -1,4 +1,4 @@
-"""The C++ example program `run_bitmlp`: where it is, and how to run it."""
+"""The C++ program `run_bitmlp`: where it is, and how to run it."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ def find_program() -> Path:
         BitLabError: it is nowhere.
     """
     package = Path(bitcore.__file__).resolve().parent
-    places = [package.parents[1] / "build" / "examples" / NAME, package / "bin" / NAME]
+    places = [package.parents[1] / "build" / "tools" / NAME, package / "bin" / NAME]
     for place in places:
         if place.is_file():
             return place

@@ -147,6 +147,8 @@ SafetensorsFile::~SafetensorsFile() = default;
 SafetensorsFile::SafetensorsFile(SafetensorsFile&&) noexcept = default;
 SafetensorsFile& SafetensorsFile::operator=(SafetensorsFile&&) noexcept = default;
 
+const std::string& SafetensorsFile::path() const { return impl_->path; }
+
 bool SafetensorsFile::contains(std::string_view name) const {
   return impl_->tensors.find(name) != impl_->tensors.end();
 }

@@ -189,12 +189,12 @@ def test_metadata_that_does_not_fit_the_tensors(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("layers.1.bias", torch.tensor([1.0, torch.nan, 1.0]), "layers.1.bias holds NaN or infinity"),
-        ("layers.1.bias", torch.tensor([1.0, -torch.inf, 1.0]).bfloat16(), "layers.1.bias holds NaN or infinity"),
-        ("layers.1.bias", torch.tensor([1.0, torch.inf, 1.0]).half(), "layers.1.bias holds NaN or infinity"),
+        ("layers.1.bias", torch.tensor([1.0, torch.nan, 1.0]), "layers.1.bias': bias holds NaN or infinity"),
+        ("layers.1.bias", torch.tensor([1.0, -torch.inf, 1.0]).bfloat16(), "layers.1.bias': bias holds NaN or infinity"),
+        ("layers.1.bias", torch.tensor([1.0, torch.inf, 1.0]).half(), "layers.1.bias': bias holds NaN or infinity"),
         ("layers.1.bias", torch.zeros(3, dtype=torch.float64), "F64"),
-        ("layers.1.bias", torch.zeros(4), "layers.1.bias has 4 rows, expected 3"),
-        ("layers.1.qweight_scale", torch.tensor([1.0, 0.0, 1.0]), "not finite and positive"),
+        ("layers.1.bias", torch.zeros(4), "layers.1.bias': bias has 4 elements, expected 3"),
+        ("layers.1.qweight_scale", torch.tensor([1.0, 0.0, 1.0]), "layers.1.qweight_scale': qweight_scale holds 0"),
     ],
 )
 def test_values_that_no_model_has(saved: Path, name: str, value: Tensor, message: str) -> None:

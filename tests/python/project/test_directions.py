@@ -141,7 +141,7 @@ def test_no_include_of_the_engine_points_up() -> None:
     assert found == set()
 
 
-@pytest.mark.parametrize("package", ["bitlayers"])
+@pytest.mark.parametrize("package", ["bitlayers", "bitmodels"])
 def test_no_include_of_another_cpp_package_points_up_or_inside(package: str) -> None:
     files = list(files_of(f"include/{package}", f"src/{package}"))
     assert files
