@@ -1,6 +1,6 @@
-// A program of a user's, against the installed package: trains a layer a few steps, packs it, saves it, reads it back
-// and runs it on every kernel of this machine and on one of its own, with the library's threads. Returns 0 where every
-// result is right.
+// A program of a user's, against the installed packages: trains a layer a few steps, packs it, saves it, reads it back,
+// as bytes, as a layer and as a model, and runs it on every kernel of this machine and on one of its own, with the
+// library's threads. Returns 0 where every result is right.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -9,6 +9,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bitcore/exceptions.h"
@@ -17,6 +18,8 @@
 #include "bitcore/kernels/registry.h"
 #include "bitcore/ops/bitlinear.h"
 #include "bitcore/ops/packing.h"
+#include "bitlayers/bitlinear.h"
+#include "bitmodels/mlp.h"
 
 namespace {
 
@@ -140,23 +143,44 @@ void check_registry(const Layer& layer, const std::vector<float>& x, const bitco
   check(run(layer, x, weights) == expected, "and no longer when it is removed");
 }
 
-std::vector<std::byte> save(const bitcore::bitlinear::PreparedWeights& weights) {
+void check_layer(const Layer& layer, const std::vector<float>& x, const Outputs& expected) {
+  const auto deployed = bitlayers::BitLinear::deploy(layer.weight_view(), {layer.bias.data(), kOut}, layer.config);
+  Outputs y(kTokens * kOut);
+  deployed.forward({x.data(), kTokens, kIn}, {y.data(), kTokens, kOut});
+  check(y == expected, "bitlayers::BitLinear returns the same bits");
+}
+
+// A model of this layer alone, as Python writes it.
+std::vector<std::byte> save(const Layer& layer) {
+  const auto deployed = bitlayers::BitLinear::deploy(layer.weight_view(), {layer.bias.data(), kOut}, layer.config);
   bitcore::SafetensorsWriter writer;
-  writer.add("qweight", weights.view());
-  writer.add("qweight_scale", "F32", {}, std::as_bytes(std::span(weights.scale)));
+  deployed.add_to(writer, "layers.0.");
+  const std::pair<const char*, std::string> metadata[] = {{"model_type", "bit_mlp"},
+                                                          {"n_layers", "1"},
+                                                          {"in_channels", std::to_string(kIn)},
+                                                          {"hidden_dim", "1"},
+                                                          {"out_channels", std::to_string(kOut)},
+                                                          {"bias", "true"},
+                                                          {"quant_config.weight_granularity", "per_tensor"},
+                                                          {"quant_config.activation_dtype", "int8"},
+                                                          {"quant_config.activation_granularity", "per_channel"}};
+  for (const auto& [key, value] : metadata) writer.set_metadata(key, value);
   return writer.to_bytes();
 }
 
-void check_file(const Layer& layer, const std::vector<float>& x, const bitcore::bitlinear::PreparedWeights& weights,
-                const Outputs& expected) {
-  const std::vector<std::byte> bytes = save(weights);
+void check_file(const Layer& layer, const std::vector<float>& x, const Outputs& expected) {
+  const std::vector<std::byte> bytes = save(layer);
   const auto file = bitcore::SafetensorsFile::from_bytes(bytes, "saved");
-  const bitcore::ConstMatrixView qweight = file.tensor("qweight").matrix();
+  const bitcore::ConstMatrixView qweight = file.tensor("layers.0.qweight").matrix();
   bitcore::check_qweight(qweight, kIn);
   Outputs y(kTokens * kOut);
-  bitcore::bitlinear::forward({x.data(), kTokens, kIn}, file.tensor("qweight_scale").floats(), qweight,
-                              {layer.bias.data(), kOut}, layer.config, {y.data(), kTokens, kOut});
-  check(y == expected, "the saved layer returns the same bits");
+  bitcore::bitlinear::forward({x.data(), kTokens, kIn}, file.tensor("layers.0.qweight_scale").floats(), qweight,
+                              file.tensor("layers.0.bias").vector(), layer.config, {y.data(), kTokens, kOut});
+  check(y == expected, "the saved tensors return the same bits");
+  const auto model = bitmodels::BitMLPModel::from_file(bitcore::SafetensorsFile::from_bytes(bytes, "saved"));
+  y.assign(y.size(), 0.0f);
+  model.forward({x.data(), kTokens, kIn}, {y.data(), kTokens, kOut});
+  check(y == expected, "bitmodels::BitMLPModel returns the same bits");
 }
 
 // The threads that the library brings, in this program built by any compiler.
@@ -188,7 +212,8 @@ int main() {
   check_formula(layer, x, weights, y);
   check_kernels(layer, x, weights, y);
   check_registry(layer, x, weights, y);
-  check_file(layer, x, weights, y);
+  check_layer(layer, x, y);
+  check_file(layer, x, y);
   check_threads();
   check_errors(weights);
   return failures == 0 ? 0 : 1;
