@@ -22,8 +22,8 @@ enum class ActivationDtype {
 
 /// The quantization schema of one linear layer. Weights are always ternary (-1, 0, +1).
 struct BitQuantConfig {
-  Granularity weight_granularity = Granularity::per_tensor;      ///< One weight scale, or one per output row.
-  ActivationDtype activation_dtype = ActivationDtype::int8;      ///< Whether activations are quantized.
+  Granularity weight_granularity = Granularity::per_tensor;       ///< One weight scale, or one per output row.
+  ActivationDtype activation_dtype = ActivationDtype::int8;       ///< Whether activations are quantized.
   Granularity activation_granularity = Granularity::per_channel;  ///< One activation scale, or one per row of x.
 
   /// Equal in all members.

@@ -1,9 +1,9 @@
 // The registry as a user and as the author of a kernel sees it.
 #include "bitcore/kernels/registry.h"
-#include "bitcore/ops/bitlinear.h"
 
 #include <algorithm>
 
+#include "bitcore/ops/bitlinear.h"
 #include "support.h"
 
 namespace bitcore {
