@@ -16,7 +16,7 @@ from support import ROOT
 
 PROMISES = load_promises()
 BUILD = ROOT / "build"
-PROGRAM = BUILD / "tests" / "cpp" / "bitcore_tests"
+PROGRAMS = [BUILD / "tests" / "cpp" / f"{package}_tests" for package in ("bitcore", "bitlayers", "bitmodels")]
 
 
 def python_tests() -> set[str]:
@@ -29,15 +29,16 @@ def python_tests() -> set[str]:
 
 
 def google_tests() -> Iterator[str]:
-    """SUITE.TEST of every test of the C++ program."""
-    done = subprocess.run([str(PROGRAM), "--gtest_list_tests"], capture_output=True, text=True, check=True)
-    suite = ""
-    for line in done.stdout.splitlines():
-        name = line.split("#")[0].strip()
-        if line.startswith(" "):
-            yield suite + name
-        else:
-            suite = name
+    """SUITE.TEST of every test of the C++ programs."""
+    for program in PROGRAMS:
+        done = subprocess.run([str(program), "--gtest_list_tests"], capture_output=True, text=True, check=True)
+        suite = ""
+        for line in done.stdout.splitlines():
+            name = line.split("#")[0].strip()
+            if line.startswith(" "):
+                yield suite + name
+            else:
+                suite = name
 
 
 def ctest_entries() -> set[str]:
@@ -59,8 +60,8 @@ def test_python_tests_exist() -> None:
 
 
 def test_cpp_tests_exist() -> None:
-    if not PROGRAM.exists():
-        pytest.skip(f"the C++ tests are not built: {PROGRAM}")
+    if missing_programs := [program for program in PROGRAMS if not program.exists()]:
+        pytest.skip(f"the C++ tests are not built: {missing_programs}")
     assert missing("gtest", set(google_tests())) == []
 
 
