@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+from bad_tensors import expect
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
@@ -24,83 +26,19 @@ from bitcore.operators import native
 from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits, check_kernel
 from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
+from oracle import Schema
+from support import LACKING_KERNELS, covers
+from user_kernels import CustomKernel, Doubled, OwnForm
 
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 SUPPORTED = [kernel for kernel in BUILTIN_KERNELS if kernel.is_supported()]
 
 
-class CustomKernel(BitKernelBase):
-    """Standard form, gradients unknown to it: torch operations under no_grad."""
-
-    calls = 0
-
-    def __call__(
-        self,
-        x: Tensor,
-        qweight_scale: Tensor,
-        qweight: Tensor,
-        bias: Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> Tensor:
-        assert quant_config is not None
-        type(self).calls += 1
-        return native.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.flags)
-
-    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
-        return quant_config.activation_dtype == "int8"
-
-
-class Doubled(CustomKernel):
-    """Its results tell that it ran."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        qweight_scale: Tensor,
-        qweight: Tensor,
-        bias: Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> Tensor:
-        return 2 * super().__call__(x, qweight_scale, qweight, bias, quant_config)
-
-
-class OwnForm(BitKernelBase):
-    """float codes as its qweight."""
-
-    def prepare_weights(self, weight: Tensor, quant_config: BitQuantConfig) -> tuple[Tensor, Tensor]:
-        return torch.ones(()), base.fake_quantize_weight(weight, quant_config)
-
-    def accepts(self, qweight: Tensor) -> bool:
-        return qweight.dtype == torch.float32
-
-    def __call__(
-        self,
-        x: Tensor,
-        qweight_scale: Tensor,
-        qweight: Tensor,
-        bias: Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> Tensor:
-        assert quant_config is not None
-        y = base.fake_quantize_x(x, quant_config) @ qweight.t()
-        return y if bias is None else y + bias
-
-    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
-        return True
-
-
 class Detached(OwnForm):
     """Loses the graph."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        qweight_scale: Tensor,
-        qweight: Tensor,
-        bias: Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> Tensor:
-        return super().__call__(x.detach(), qweight_scale, qweight.detach(), None, quant_config)
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().__call__(*args, **kwargs).detach()
 
 
 @pytest.fixture(autouse=True)
@@ -146,6 +84,13 @@ def test_kernels_that_cannot_be_had() -> None:
             KernelRegistry.get_kernel_by_name(name, PER_TOKEN)
     with pytest.raises(KernelNotFoundError, match="'foo'"):
         KernelRegistry.get_kernel_for_config(PER_TOKEN, "foo")
+    with pytest.raises(KernelNotFoundError, match="Int9Kernel"):
+        KernelRegistry.unregister("Int9Kernel")
+    with pytest.raises(BitLabError, match="ReferenceKernel"):
+        KernelRegistry.unregister("ReferenceKernel")
+    with pytest.raises(BitLabError, match="ReferenceKernel"):
+        KernelRegistry.register(type("ReferenceKernel", (CustomKernel,), {}))
+    assert "ReferenceKernel" in KernelRegistry.list_available_kernels()
     with pytest.raises(KernelNotFoundError, match="Int9Kernel"), KernelRegistry.forced("Int9Kernel"):
         pass
     with KernelRegistry.forced("Float32PortableKernel"), pytest.raises(KernelNotFoundError, match="BitQuantConfig"):
@@ -153,6 +98,16 @@ def test_kernels_that_cannot_be_had() -> None:
     with KernelRegistry.forced("TorchKernel", "ReferenceKernel"), pytest.raises(KernelNotFoundError, match="more than"):
         _infer()
     _infer()
+
+
+def test_a_kernel_that_this_machine_lacks() -> None:
+    if not LACKING_KERNELS:
+        pytest.skip("this machine runs every kernel")
+    entries = {entry["name"]: entry for entry in json.loads(torch.ops.bitcore.list_kernels())["kernels"]}
+    for name in LACKING_KERNELS:
+        config = BitQuantConfig(activation_dtype="int8" if covers(name, Schema()) else "float32")
+        words = f"{name} {entries[name]['requirement']}"
+        expect(KernelNotFoundError, words, partial(KernelRegistry.get_kernel_by_name, name, config))
 
 
 def _kernel_name() -> str:
@@ -205,6 +160,9 @@ def test_a_registered_kernel_is_found_listed_and_used(kernel: BitKernelBase | ty
     KernelRegistry.register(kernel)
     assert KernelRegistry.generation > generation
     assert KernelRegistry.list_available_kernels()[0] == "CustomKernel"
+    layer = make_layer(5)
+    with pytest.raises(QuantizationError, match="quant_config.*None"):
+        CustomKernel()(layer.x, *bitlinear.prepare_weights(layer.weight, PER_TOKEN))
     found = KernelRegistry.get_kernel_by_name("CustomKernel", PER_TOKEN)
     assert isinstance(found, CustomKernel)
     assert found.quant_config == PER_TOKEN
@@ -296,14 +254,14 @@ def test_a_kernel_with_a_form_of_its_own() -> None:
     standard = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
     KernelRegistry.register(OwnForm)
     scale, qweight = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
-    assert qweight.dtype == torch.float32
+    assert qweight.dtype == torch.float64
     torch.testing.assert_close(bitlinear.forward(layer.x, None, scale, qweight, layer.bias, PER_TOKEN), plain)
     assert_same_bits(bitlinear.forward(layer.x, None, *standard, layer.bias, PER_TOKEN), plain)
     x, weight, bias = (tensor.clone().requires_grad_() for tensor in layer)
     bitlinear.forward(x, weight, bias=bias, quant_config=PER_TOKEN, training=True).sum().backward()
     assert all(leaf.grad is not None for leaf in (x, weight, bias))
     KernelRegistry.unregister("OwnForm")
-    with pytest.raises(QuantizationError, match="float32"):
+    with pytest.raises(QuantizationError, match="float64"):
         bitlinear.forward(layer.x, None, scale, qweight, None, PER_TOKEN)
     with KernelRegistry.forced("TorchKernel"), pytest.raises(QuantizationError, match="accepts"):
         bitlinear.forward(layer.x, None, scale, qweight, None, PER_TOKEN)
@@ -344,7 +302,7 @@ def test_a_form_of_its_own_without_accepts() -> None:
     codes = base.quantize_weight(layer.weight, scale, PER_TOKEN)
     KernelRegistry.register(Floats)
     own = bitlinear.prepare_weights(layer.weight, PER_TOKEN)
-    assert own[1].dtype == torch.float32
+    assert own[1].dtype == torch.float64
     torch.testing.assert_close(bitlinear.forward(layer.x, None, *own, layer.bias, PER_TOKEN), plain)
     assert_same_bits(bitlinear.forward(layer.x, None, scale, codes, layer.bias, PER_TOKEN), plain)
     KernelRegistry.register(Codes)
