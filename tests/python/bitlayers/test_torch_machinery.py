@@ -154,65 +154,6 @@ def test_a_distributed_model_trains_as_the_plain_one(
         assert same_bits(plain.eval()(x), distributed.eval()(x))
 
 
-# --- a weight that is refilled --------------------------------------------------------------------------------------
-
-
-def resized_to_nothing(weight: Tensor, values: Tensor) -> None:
-    storage = weight.untyped_storage()
-    size = storage.size()
-    storage.resize_(0)
-    storage.resize_(size)
-    preserve_version = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-    with preserve_version(weight), torch.no_grad():
-        weight.copy_(values)
-
-
-def transposed_in_place(weight: Tensor, values: Tensor) -> None:
-    weight.data.copy_(values.t())
-    weight.data = weight.data.t()
-
-
-def swapped(weight: Tensor, values: Tensor) -> None:
-    torch.utils.swap_tensors(weight, nn.Parameter(values.clone()))
-
-
-REFILLS: dict[str, Callable[[Tensor, Tensor], object]] = {
-    "copied into data": lambda weight, values: weight.data.copy_(values),
-    "other data": lambda weight, values: setattr(weight, "data", values.clone()),
-    "data of other strides": lambda weight, values: setattr(weight, "data", values.t().contiguous().t()),
-    "the same memory transposed": transposed_in_place,
-    "through NumPy": lambda weight, values: weight.detach().numpy().__setitem__(slice(None), values.numpy()),
-    "freed and gathered again": resized_to_nothing,
-    "swapped": swapped,
-}
-
-
-@pytest.mark.parametrize("refill", REFILLS)
-@torch.no_grad()
-def test_the_packed_copy_follows_every_refill(refill: str) -> None:
-    layer = BitLinear(32, 32, quant_config=PER_CHANNEL).eval()
-    x = torch.randn(3, 32)
-    before = layer(x)
-    values = torch.randn(32, 32)
-    if refill == "swapped":
-        layer._packed = None  # What shares the weight's memory could not be swapped; torch refuses it.
-    REFILLS[refill](layer.weight, values)
-    expected = BitLinear(32, 32, quant_config=PER_CHANNEL).eval()
-    expected.weight.copy_(layer.weight)
-    expected.bias.copy_(layer.bias)
-    assert same_bits(layer(x), expected(x))
-    assert not same_bits(layer(x), before)
-
-
-def test_a_weight_of_another_shape_in_data_is_refused() -> None:
-    layer = BitLinear(16, 8).eval()
-    with torch.no_grad():
-        layer(torch.randn(2, 16))
-        layer.weight.data = torch.randn(8, 12)
-        with pytest.raises(QuantizationError, match="16"):
-            layer(torch.randn(2, 16))
-
-
 # --- tracing and compiling ------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitcore.config import BitQuantConfig
 from bitcore.ops import bitlinear
@@ -13,6 +13,7 @@ PER_CHANNEL = BitQuantConfig("per_channel", "int8", "per_channel")
 SIZES = (37, 19)  # in, out: no multiple of a block.
 STATES = ("training", "evaluated", "deployed")
 """Trainable in training mode; trainable in evaluation mode, with a packed copy; deployed."""
+TRAINABLE = STATES[:2]
 
 
 def make_x(rows: int = 5) -> Tensor:
@@ -51,3 +52,17 @@ def buffers_of(layer: BitLinear) -> tuple[Tensor, Tensor]:
     assert layer.qweight_scale is not None
     assert layer.qweight is not None
     return layer.qweight_scale, layer.qweight
+
+
+def noise(seed: int = 3) -> Tensor:
+    return torch.randn(SIZES[1], SIZES[0], generator=torch.Generator().manual_seed(seed))
+
+
+def snapshot(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+
+def assert_holds(layer: nn.Module, expected: dict[str, Tensor]) -> None:
+    state = layer.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
