@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.library import opcheck
 
 from bitcore import _library
@@ -43,6 +45,64 @@ def test_base_operations_have_the_same_bits(shape: tuple[int, int], per_channel:
         native.prepare_weights(weight, per_channel), torch_ops.prepare_weights(weight, per_channel), strict=True
     ):
         assert torch.equal(ours, plain)
+
+
+@given(
+    config=st.sampled_from(CONFIGS),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(0, 20),
+    out_features=st.integers(1, 40),
+    in_features=st.integers(1, 150),
+    magnitude=st.sampled_from([1e-30, 1.0, 1e4]),
+    has_bias=st.booleans(),
+)
+def test_training_saves_and_returns_the_same_tensors(
+    config: BitQuantConfig,
+    dtype: torch.dtype,
+    rows: int,
+    out_features: int,
+    in_features: int,
+    magnitude: float,
+    has_bias: bool,
+) -> None:
+    """What each of the two training operators keeps for its backward: codes of x, their scale, packed weight, scale."""
+    layer = make_layer(rows, out_features=out_features, in_features=in_features)
+    x, bias = (layer.x * magnitude).to(dtype), layer.bias if has_bias else None
+    y, *saved = native.bitlinear_train(x, layer.weight, bias, *config.flags)
+    plain_y, *plain_saved = native.torch_bitlinear_train(x, layer.weight, bias, *config.flags)
+    assert len(saved) == len(plain_saved) == 4
+    for ours, plain in zip(saved, plain_saved, strict=True):
+        assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
+        assert torch.equal(ours, plain)
+    scale, qweight = native.prepare_weights(layer.weight, config.flags[0])
+    assert torch.equal(saved[2], qweight)
+    assert_same_bits(saved[3], scale)
+    assert_same_bits(native.bitlinear(x, scale, qweight, bias, *config.flags), y)
+    assert_same_bits(native.torch_bitlinear(x, scale, qweight, bias, *config.flags), plain_y)
+    if config.activation_dtype == "int8":  # The oracle's bounds judge the others.
+        assert_same_bits(y, plain_y)
+
+
+@all_configs
+def test_operators_return_float32_under_autocast(config: BitQuantConfig) -> None:
+    """Autocast is for the layer's function to ask for; inside an operator it lowers no precision."""
+    layer = make_layer(4)
+    scale, qweight = bitlinear.prepare_weights(layer.weight, config)
+    inference, training = (
+        (native.bitlinear, native.torch_bitlinear),
+        (native.bitlinear_train, native.torch_bitlinear_train),
+    )
+
+    def outputs() -> list[torch.Tensor]:
+        inferred = [op(layer.x, scale, qweight, layer.bias, *config.flags) for op in inference]
+        return inferred + [op(layer.x, layer.weight, layer.bias, *config.flags)[0] for op in training]
+
+    outside = outputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = outputs()
+    for y, expected in zip(inside, outside, strict=True):
+        assert y.dtype == torch.float32
+        assert_same_bits(y, expected)
 
 
 # ---- opcheck ---------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from bitcore.ops import base, bitlinear
 from bitcore.testing import assert_same_bits, check_kernel
 from core_helpers import CONFIGS, INT8_CONFIGS, PER_TOKEN, id_of, make_layer
 from oracle import Schema
-from support import LACKING_KERNELS, covers
+from support import ALL_KERNELS, LACKING_KERNELS, NATIVE_KERNELS, config_of, covers, make_linear, proves
 from user_kernels import CustomKernel, Doubled, OwnForm
 
 all_configs = pytest.mark.parametrize("config", CONFIGS, ids=id_of)
@@ -64,6 +64,47 @@ def test_every_built_in_kernel_keeps_the_contract(kernel: BitKernelBase) -> None
     check_kernel(kernel)
 
 
+BUILT_IN = {
+    "Int8Avx512VbmiKernel",
+    "Int8Avx512VnniKernel",
+    "Int8AvxVnniKernel",
+    "Int8Avx2Kernel",
+    "Int8PortableKernel",
+    "Float32Avx512Kernel",
+    "Float32Avx2Kernel",
+    "Float32PortableKernel",
+    "ReferenceKernel",
+}
+
+
+def test_built_in_kernels_are_listed() -> None:
+    assert set(NATIVE_KERNELS) >= BUILT_IN
+    available = KernelRegistry.list_available_kernels()
+    assert {"Int8Kernel", "Float32Kernel", "ReferenceKernel", "TorchKernel"} <= set(available)
+    assert len(available) == len(set(available))
+    for entry in json.loads(torch.ops.bitcore.list_kernels())["kernels"]:
+        assert (entry["name"] in available) == entry["supported"], entry
+
+
+def test_kernels_that_need_another_machine() -> None:
+    """Skipped where there are any, so that the summary of every run names what it did not run."""
+    if LACKING_KERNELS:
+        pytest.skip(f"this CPU lacks what these need: {', '.join(LACKING_KERNELS)}")
+
+
+def test_best_kernel_is_the_first_that_fits(schema: Schema) -> None:
+    names = [name for name in KernelRegistry.list_available_kernels() if name not in ("Int8Kernel", "Float32Kernel")]
+    best = next(name for name in names if covers(name, schema))
+    found = KernelRegistry.get_kernel_for_config(config_of(schema))
+    assert found.name == best
+    case = make_linear(3, 18, 40)
+    scale, qweight = bitlinear.prepare_weights(case.weight, config_of(schema))
+    with proves(best):
+        bitlinear.forward(case.x, qweight_scale=scale, qweight=qweight, quant_config=config_of(schema))
+    with proves(best):
+        bitlinear.forward(case.x, weight=case.weight, quant_config=config_of(schema), training=True)
+
+
 @all_configs
 def test_every_config_has_a_bound_kernel(config: BitQuantConfig) -> None:
     best = KernelRegistry.get_kernel_for_config(config)
@@ -98,6 +139,16 @@ def test_kernels_that_cannot_be_had() -> None:
     with KernelRegistry.forced("TorchKernel", "ReferenceKernel"), pytest.raises(KernelNotFoundError, match="more than"):
         _infer()
     _infer()
+
+
+@pytest.mark.parametrize("name", ALL_KERNELS)
+def test_kernel_that_does_not_fit_is_refused(name: str) -> None:
+    for config in CONFIGS:
+        if not covers(name, Schema(activation_dtype=config.activation_dtype)):
+            with pytest.raises(KernelNotFoundError, match=name):
+                KernelRegistry.get_kernel_by_name(name, config)
+            with pytest.raises(KernelNotFoundError), KernelRegistry.forced(name):
+                _infer(config)
 
 
 def test_a_kernel_that_this_machine_lacks() -> None:
@@ -186,24 +237,6 @@ def test_subclassing_registers_nothing() -> None:
 
     assert "Unregistered" not in KernelRegistry.list_available_kernels()
     assert Unregistered.name == "Unregistered"
-
-
-def test_the_documented_custom_kernel_is_compatible_with_nothing() -> None:
-    class Documented(BitKernelBase):
-        def prepare_weights(self, weight, quant_config):  # type: ignore[no-untyped-def]
-            pass
-
-        def __call__(self, x, qweight_scale, qweight, bias=None, quant_config=None):  # type: ignore[no-untyped-def]
-            pass
-
-        def is_compatible_with(self, quant_config):  # type: ignore[no-untyped-def]
-            pass
-
-    plain = _infer()
-    KernelRegistry.register(Documented)
-    assert_same_bits(_infer(), plain)
-    with pytest.raises(KernelNotFoundError, match="Documented"):
-        KernelRegistry.get_kernel_by_name("Documented", PER_TOKEN)
 
 
 def test_the_latest_kernel_comes_first_unless_one_is_named() -> None:

@@ -16,6 +16,7 @@ import torch
 import oracle
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
+from bitcore.ops import bitlinear
 from oracle import Bytes, Codes, Floats, Schema
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -152,6 +153,34 @@ def make_linear(
     weight = rng.standard_normal((n, k)) * 0.05 * np.exp(0.5 * rng.standard_normal((n, 1)))
     shift = to_tensor(rng.standard_normal(n).astype(np.float32), dtype) if bias else None
     return Linear(to_tensor(x.astype(np.float32), dtype), to_tensor(weight.astype(np.float32), dtype), shift, dtype)
+
+
+# --- calls of the layer ----------------------------------------------------------------------------------------------
+
+
+def train_forward(case: Linear, schema: Schema) -> torch.Tensor:
+    return bitlinear.forward(
+        x=case.x, weight=case.weight, bias=case.bias, quant_config=config_of(schema), training=True
+    )
+
+
+def infer_forward(case: Linear, schema: Schema) -> torch.Tensor:
+    scale, qweight = bitlinear.prepare_weights(case.weight.detach(), config_of(schema))
+    return bitlinear.forward(
+        x=case.x, qweight_scale=scale, qweight=qweight, bias=case.bias, quant_config=config_of(schema)
+    )
+
+
+def require_grad(case: Linear) -> list[torch.Tensor]:
+    """x, weight and, where there is one, bias, now leaves that collect gradients."""
+    return [tensor.requires_grad_() for tensor in (case.x, case.weight, case.bias) if tensor is not None]
+
+
+def largest_error(found: torch.Tensor, expected: torch.Tensor | oracle.Doubles) -> float:
+    """Largest difference over the largest entry."""
+    want = expected.detach().double().numpy() if isinstance(expected, torch.Tensor) else expected
+    largest = np.abs(want).max(initial=0.0)
+    return float(np.abs(found.detach().double().numpy() - want).max(initial=0.0) / (largest or 1.0))
 
 
 # --- threads and kernels --------------------------------------------------------------------------------------------
