@@ -153,12 +153,12 @@ def test_autocast_does_not_change_how_backward_multiplies() -> None:
     for of_forward in (False, True):
         gradients = []
         for of_backward in (False, True):
-            leaves = [tensor.clone().requires_grad_() for tensor in make_layer(4)]
+            x, weight, _ = (tensor.clone().requires_grad_() for tensor in make_layer(4))
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=of_forward):
-                y = bitlinear.forward(*leaves[:2], quant_config=PER_TOKEN, training=True)
+                y = bitlinear.forward(x, weight, quant_config=PER_TOKEN, training=True)
             assert y.dtype == (torch.bfloat16 if of_forward else torch.float32)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=of_backward):
-                gradients.append(torch.autograd.grad(y, leaves[:2], torch.ones_like(y)))
+                gradients.append(torch.autograd.grad(y, (x, weight), torch.ones_like(y)))
         for inside, outside in zip(*gradients, strict=True):
             assert_same_bits(inside, outside)
 

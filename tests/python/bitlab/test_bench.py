@@ -23,8 +23,7 @@ import torch
 from rich.console import Console
 
 from bitcore.config import BitQuantConfig
-from bitcore.kernels import BitKernelBase, KernelRegistry
-from bitcore.ops import base
+from bitcore.kernels import KernelRegistry
 from bitlab.bench import contenders, limits_library, machine, overhead, report, results, timing, training
 from bitlab.bench.contenders import Contender
 from bitlab.bench.layer import WEIGHT_SCALE, make_layer, make_x
@@ -46,6 +45,7 @@ from bitlab.bench.results import Case, Limit, Measurement, TrainingMeasurement
 from bitlab.cli import main
 from bitlab.times import Spread
 from support import NATIVE_KERNELS, torch_threads
+from user_kernels import CustomKernel, OwnForm, registered
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TINY = ["--shapes", "64x256", "--rows", "1,5", "--threads", "1", "--repetitions", "2", "--in-cache"]
@@ -207,66 +207,26 @@ def test_a_kernel_that_this_machine_lacks() -> None:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-class PlainKernel(BitKernelBase):
-    """A registered kernel of the standard form."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        qweight_scale: torch.Tensor,
-        qweight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> torch.Tensor:
-        return x @ (base.unpack_weights(qweight, x.shape[-1]).float() * qweight_scale).T
-
-    def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
-        return quant_config.activation_dtype == "int8"
-
-
-class OwnFormKernel(PlainKernel):
-    """One with a form of its own: dense float weights."""
-
-    def prepare_weights(self, weight: torch.Tensor, quant_config: BitQuantConfig) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = base.compute_weight_scale(weight, quant_config)
-        return scale, base.quantize_weight(weight, scale, quant_config).float()
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        qweight_scale: torch.Tensor,
-        qweight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        quant_config: BitQuantConfig | None = None,
-    ) -> torch.Tensor:
-        return x @ (qweight * qweight_scale).T
-
-
 def test_registered_kernels_take_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    KernelRegistry.register(PlainKernel)
-    KernelRegistry.register(OwnFormKernel)
-    try:
+    with registered(CustomKernel), registered(OwnForm):
         found = bench(tmp_path, "--peers", "none", "--rows", "1")
-    finally:
-        KernelRegistry.unregister("PlainKernel")
-        KernelRegistry.unregister("OwnFormKernel")
-    registered = [(e["name"], e["layout"], e["dispatched"]) for e in found["measurements"] if e["registered"]]
-    assert registered == [
-        ("OwnFormKernel", "own", True),
-        ("PlainKernel", "2bit", False),
-        ("PlainKernel", "1.6bit", False),
+    lines = [(e["name"], e["layout"], e["dispatched"]) for e in found["measurements"] if e["registered"]]
+    assert lines == [
+        ("OwnForm", "own", True),
+        ("CustomKernel", "2bit", False),
+        ("CustomKernel", "1.6bit", False),
     ]
     assert {check["layout"]: check["dispatched"] for check in found["dispatch"]} == {
-        "2bit": "OwnFormKernel",
-        "1.6bit": "OwnFormKernel",
+        "2bit": "OwnForm",
+        "1.6bit": "OwnForm",
     }
-    assert "OwnFormKernel* (registered)" in capsys.readouterr().out
+    assert "OwnForm* (registered)" in capsys.readouterr().out
 
 
 def test_an_imported_module_registers_its_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "kernels_of_mine.py").write_text(
-        "from bitcore.kernels import KernelRegistry\nfrom test_bench import PlainKernel\n"
-        "class Mine(PlainKernel):\n    pass\nKernelRegistry.register(Mine)\n"
+        "from bitcore.kernels import KernelRegistry\nfrom user_kernels import CustomKernel\n"
+        "class Mine(CustomKernel):\n    pass\nKernelRegistry.register(Mine)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -301,17 +261,10 @@ def test_kernels_go_through_the_copies_together() -> None:
     pool = contenders.pack_copies(make_layer(48, 96, rotated_bytes=5000), "2bit")
     read: list[int] = []
 
-    class Reader(PlainKernel):
-        def __call__(
-            self,
-            x: torch.Tensor,
-            qweight_scale: torch.Tensor,
-            qweight: torch.Tensor,
-            bias: torch.Tensor | None = None,
-            quant_config: BitQuantConfig | None = None,
-        ) -> torch.Tensor:
-            read.append(qweight.data_ptr())
-            return x
+    class Reader(CustomKernel):
+        def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            read.append(args[2].data_ptr())
+            return args[0]
 
     prepared = contenders.prepare_kernels(make_layer(48, 96, 5000), {"int8": [Reader(), Reader()]}, {"2bit": pool})
     assert len(prepared) == 1  # One name, one line of the tables.
@@ -330,7 +283,7 @@ def test_every_native_kernel_names_a_loop_of_the_limits() -> None:
             assert kernel.path in known, kernel.name
             assert kernel_path(kernel, BitQuantConfig()) == kernel.path
             assert kernel.path in supported_paths() or not kernel.is_supported()
-    assert kernel_path(PlainKernel(), BitQuantConfig()) == best_path("int8")
+    assert kernel_path(CustomKernel(), BitQuantConfig()) == best_path("int8")
 
 
 # --- peers ------------------------------------------------------------------------------------------------------------
