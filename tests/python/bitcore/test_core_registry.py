@@ -231,14 +231,6 @@ def test_a_registered_kernel_is_found_listed_and_used(kernel: BitKernelBase | ty
     check_kernel(kernel)
 
 
-def test_subclassing_registers_nothing() -> None:
-    class Unregistered(CustomKernel):
-        pass
-
-    assert "Unregistered" not in KernelRegistry.list_available_kernels()
-    assert Unregistered.name == "Unregistered"
-
-
 def test_the_latest_kernel_comes_first_unless_one_is_named() -> None:
     plain = _infer()
     KernelRegistry.register(CustomKernel)
@@ -419,8 +411,9 @@ def test_an_own_form_that_is_no_pair_of_tensors(prepared: Any) -> None:
         bitlinear.forward(layer.x, layer.weight, quant_config=PER_TOKEN, training=True)
 
 
-def test_a_kernel_of_its_own_form_under_autocast() -> None:
-    KernelRegistry.register(OwnForm)
+@pytest.mark.parametrize("kernel", [CustomKernel, OwnForm])
+def test_a_user_kernel_under_autocast(kernel: type[BitKernelBase]) -> None:
+    KernelRegistry.register(kernel)
     plain = _infer()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert_same_bits(_infer(), plain.to(torch.bfloat16))
@@ -436,13 +429,6 @@ def test_a_kernel_never_detaches_silently(training: bool) -> None:
         bitlinear.forward(x, layer.weight, scale, qweight, None, PER_TOKEN, training)
     with torch.no_grad():
         bitlinear.forward(x, layer.weight, scale, qweight, None, PER_TOKEN, training)
-
-
-def test_a_user_kernel_under_autocast() -> None:
-    plain = _infer()
-    KernelRegistry.register(CustomKernel)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert_same_bits(_infer(), plain.to(torch.bfloat16))
 
 
 def test_check_kernel_finds_a_wrong_kernel() -> None:
