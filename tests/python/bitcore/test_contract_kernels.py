@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +16,7 @@ from bitcore.kernels import KernelRegistry
 from bitcore.ops import bitlinear
 from oracle import Floats, Schema
 from support import (
+    SHAPES,
     Linear,
     assert_forward,
     assert_forward_bits,
@@ -32,33 +32,6 @@ from support import (
     torch_threads,
     train_forward,
 )
-
-# 16 rows are a tile of the packed weight, 16 or 20 k a step; kernels multiply 2 to 24 tokens together, packed weights
-# whole or panels of 16 or 32 rows x 128, 256, 512 or 1,024 k: below, at and above each, and primes.
-SHAPES = [
-    (1, 1, 1),
-    (2, 1, 3),
-    (1, 16, 16),
-    (1, 17, 15),
-    (3, 15, 17),
-    (5, 31, 31),
-    (7, 33, 33),
-    (11, 32, 63),
-    (12, 64, 64),
-    (13, 65, 65),
-    (1, 53, 127),
-    (23, 16, 129),
-    (24, 47, 255),
-    (25, 48, 257),
-    (1, 97, 511),
-    (2, 96, 512),
-    (4, 63, 513),
-    (36, 34, 1023),
-    (1, 33, 1024),
-    (13, 40, 1025),
-    (37, 7, 2049),
-    (131, 19, 61),
-]
 
 
 def run_forced(name: str, case: Linear, schema: Schema) -> torch.Tensor:
@@ -347,39 +320,6 @@ def test_row_depends_on_itself_alone(kernel: str, k: int) -> None:
         for rows in ([0], [60], [17], [5, 4], list(range(11)), list(range(20, 32)), list(range(60, 20, -1))):
             part = run_forced(kernel, Linear(case.x[rows], case.weight, case.bias, "float32"), schema)
             assert same_bits(part, whole[rows]), f"{kernel}, {schema}, rows {rows}"
-
-
-def test_forward_from_many_threads(int8_kernel: str) -> None:
-    config = config_of(Schema("per_channel", "int8", "per_channel"))
-    cases = [make_linear(m, 700, 200, seed=18) for m in (1, 3, 17, 40)]
-    scale, qweight = bitlinear.prepare_weights(cases[0].weight, config)
-    bound = KernelRegistry.get_kernel_by_name(int8_kernel, config)
-    expected = [bound(case.x, scale, qweight) for case in cases]
-    wrong: list[str] = []
-
-    def work(index: int) -> None:
-        for turn in range(25):
-            pick = (index + turn) % len(cases)
-            if not same_bits(bound(cases[pick].x, scale, qweight), expected[pick]):
-                wrong.append(f"thread {index}, turn {turn}")
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
-
-
-def test_forward_leaves_its_arguments_alone(kernel: str) -> None:
-    for schema in schemas_of(kernel):
-        case = make_linear(13, 35, 100, seed=19)
-        scale, qweight = bitlinear.prepare_weights(case.weight, config_of(schema))
-        arguments = [case.x, scale, qweight, case.bias]
-        copies = [None if tensor is None else tensor.clone() for tensor in arguments]
-        run_prepared(kernel, case, schema, scale, qweight)
-        for tensor, copy in zip(arguments, copies, strict=True):
-            assert tensor is copy is None or (tensor is not None and copy is not None and torch.equal(tensor, copy))
 
 
 def test_plain_int8_qweight(kernel: str) -> None:

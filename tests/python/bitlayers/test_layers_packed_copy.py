@@ -202,40 +202,6 @@ def test_every_step_shows_at_once(name: str, options: dict[str, Any], state: str
     assert not same_bits(layer(x), before)
 
 
-def test_steps_of_lbfgs(x: Tensor) -> None:
-    """It calls a closure several times between its own changes of the weight."""
-    layer = layer_in("evaluated")
-    optimizer = torch.optim.LBFGS(layer.parameters(), lr=0.1, max_iter=4)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        y = layer(x)
-        assert same_bits(y, evaluate(layer, x))
-        loss = y.pow(2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    assert same_bits(layer(x), evaluate(layer, x))
-
-
-@pytest.mark.parametrize("overflow", [False, True])
-def test_a_step_of_a_scaler(overflow: bool, x: Tensor) -> None:
-    """A step that the scaler skips, because a gradient is infinite, leaves the weight and the output."""
-    layer = layer_in("evaluated")
-    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before = layer(x)
-    scaler.scale(before.pow(2).sum()).backward()
-    if overflow:
-        assert layer.weight.grad is not None
-        layer.weight.grad[0, 0] = torch.inf
-    scaler.step(optimizer)
-    scaler.update()
-    assert same_bits(layer(x), before) == overflow
-    assert same_bits(layer(x), evaluate(layer, x))
-
-
 # --- when it is made --------------------------------------------------------------------------------------------------
 
 

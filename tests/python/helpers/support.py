@@ -155,6 +155,18 @@ def make_linear(
     return Linear(to_tensor(x.astype(np.float32), dtype), to_tensor(weight.astype(np.float32), dtype), shift, dtype)
 
 
+# 16 rows are a tile of the packed weight, 16 or 20 k a step; kernels multiply 2 to 24 tokens together, packed weights
+# whole or panels of 16 or 32 rows x 128, 256, 512 or 1,024 k: below, at and above each, and primes.
+# fmt: off
+SHAPES = [
+    (1, 1, 1), (2, 1, 3), (1, 16, 16), (1, 17, 15), (3, 15, 17), (5, 31, 31), (7, 33, 33), (11, 32, 63), (12, 64, 64),
+    (13, 65, 65), (1, 53, 127), (23, 16, 129), (24, 47, 255), (25, 48, 257), (1, 97, 511), (2, 96, 512), (4, 63, 513),
+    (36, 34, 1023), (1, 33, 1024), (13, 40, 1025), (37, 7, 2049), (131, 19, 61),
+]
+# fmt: on
+"""(m, n, k)."""
+
+
 # --- calls of the layer ----------------------------------------------------------------------------------------------
 
 
