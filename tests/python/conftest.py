@@ -16,6 +16,7 @@ import hypothesis
 import pytest
 
 import oracle
+from bitcore.kernels import KernelRegistry
 from oracle import Schema
 from support import ALL_KERNELS, FLOAT32_KERNELS, INT8_KERNELS, torch_threads
 
@@ -79,3 +80,13 @@ def one_thread() -> Iterator[None]:
     """Many small steps gain nothing from threads, and lose much where other processes want the cores."""
     with torch_threads(1):
         yield
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[None]:
+    """Afterwards the kernels that a test has registered are gone."""
+    before = KernelRegistry.list_available_kernels()
+    yield
+    for name in KernelRegistry.list_available_kernels():
+        if name not in before:
+            KernelRegistry.unregister(name)

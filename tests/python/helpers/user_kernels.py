@@ -12,7 +12,8 @@ from torch import Tensor
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.operators import native
-from bitcore.ops import base
+from bitcore.ops import base, bitlinear
+from core_helpers import PER_TOKEN, make_layer
 
 
 class CustomKernel(BitKernelBase):
@@ -73,6 +74,12 @@ class OwnForm(BitKernelBase):
 
     def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
         return True
+
+
+def infer(config: BitQuantConfig = PER_TOKEN) -> Tensor:
+    """y of a small layer, prepared and computed by the kernels that the registry chooses."""
+    layer = make_layer(5)
+    return bitlinear.forward(layer.x, None, *bitlinear.prepare_weights(layer.weight, config), layer.bias, config)
 
 
 @contextmanager
