@@ -289,10 +289,10 @@ class BitLinear(nn.Linear):
         # A traced graph must not hold today's weights as constants; an inference tensor does not tell when it changes.
         if torch.compiler.is_compiling() or weight.is_inference():
             return _prepare(weight, self.quant_config)
-        packed = self._packed
         if _is_offloaded(self):  # A copy would keep in memory what lies elsewhere until the next call.
             self._packed = None
             return _prepare(weight, self.quant_config)
+        packed = self._packed
         if packed is None or not packed.is_of(weight, self.quant_config):
             self._packed = packed = _PackedCopy.of(weight, self.quant_config)
         return packed.qweight_scale, packed.qweight
@@ -422,7 +422,7 @@ class BitLinear(nn.Linear):
 
 def _is_offloaded(layer: nn.Module) -> bool:
     """Whether accelerate loads the layer's weight at each call, and frees it afterwards."""
-    return bool(getattr(getattr(layer, "_hf_hook", None), "offload", False))
+    return bool(getattr(vars(layer).get("_hf_hook"), "offload", False))
 
 
 def _is_placeholder(weight: object) -> bool:

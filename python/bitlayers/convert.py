@@ -59,8 +59,9 @@ def convert(
     skipped = _skipped(model, skip)
     if type(model) is nn.Linear:
         return BitLinear.from_linear(model, quant_config)
-    of_transformers = _TransformersModels(model)
-    of_transformers.refuse_foreign_quantization()
+    integration = _integration_of(model)
+    if integration is not None:
+        integration.refuse_foreign_quantization(model)
     left: dict[str, str] = {}
     places = [place for place in _places(model, "", skipped, left) if _wanted(place, filter_fn, left)]
     replacements: dict[nn.Module, BitLinear] = {}  # A layer used in two places stays one layer.
@@ -70,7 +71,8 @@ def convert(
     for place in places:
         setattr(place.parent, place.name, replacements[place.linear])
     _leave_compiled_fast_paths(model)
-    of_transformers.describe()
+    if integration is not None:
+        integration.describe(model)
     _LOG.info("convert: %d nn.Linear became BitLinear, %d were left alone", len(places), len(left))
     for path, reason in left.items():
         _LOG.info("convert: %s was left alone: %s", path, reason)
@@ -191,33 +193,17 @@ def deploy(model: nn.Module) -> nn.Module:
     for layer, weights in prepared:
         layer._become_deployed(*weights)
     model.eval()
-    _TransformersModels(model).describe_deployed()
+    integration = _integration_of(model)
+    if integration is not None:
+        integration.describe_deployed(model)
     return model
 
 
-class _TransformersModels:
-    """The models of transformers in a module: their configs tell which layers are ternary.
-
-    It costs nothing, and transformers is not imported, unless the process has one of its models.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        modeling = sys.modules.get("transformers.modeling_utils")
-        kind = getattr(modeling, "PreTrainedModel", None)  # Missing while transformers is being imported.
-        self._integration: Any = None
-        if kind is not None and any(isinstance(module, kind) for module in model.modules()):
-            import_module("bitlayers.transformers")
-            self._integration = import_module("bitlayers.transformers.models")
-        self._models = self._integration.outermost(model) if self._integration else []
-
-    def refuse_foreign_quantization(self) -> None:
-        for model in self._models:
-            self._integration.refuse_foreign_quantization(model)
-
-    def describe(self) -> None:
-        for model in self._models:
-            self._integration.describe(model)
-
-    def describe_deployed(self) -> None:
-        for model in self._models:
-            self._integration.describe_deployed(model)
+def _integration_of(model: nn.Module) -> Any:
+    """`bitlayers.transformers.models` if the module holds a model of transformers, whose config tells which layers are
+    ternary. Without one transformers is not imported."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    kind = getattr(modeling, "PreTrainedModel", None)  # Missing while transformers is being imported.
+    if kind is None or not any(isinstance(module, kind) for module in model.modules()):
+        return None
+    return import_module("bitlayers.transformers.models")

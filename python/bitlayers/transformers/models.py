@@ -9,42 +9,50 @@ from bitlayers.transformers.config import METHOD, BitLabConfig
 from bitlayers.transformers.quantizer import BitLabQuantizer, mark_as_quantized
 
 
-def refuse_foreign_quantization(model: PreTrainedModel) -> None:
-    """Refuses a model whose weights another method has quantized.
+def refuse_foreign_quantization(module: nn.Module) -> None:
+    """Refuses models whose weights another method has quantized.
 
     Raises:
         QuantizationError
     """
-    config = getattr(model.config, "quantization_config", None)
-    if config is None or isinstance(config, BitLabConfig):
-        return
-    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
-    if method != METHOD:
-        raise QuantizationError(
-            f"the model is quantized by {getattr(method, 'value', method)!r}, expected float weights"
-        )
+    for model in _outermost(module):
+        config = getattr(model.config, "quantization_config", None)
+        if config is None or isinstance(config, BitLabConfig):
+            continue
+        method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+        if method != METHOD:
+            raise QuantizationError(
+                f"the model is quantized by {getattr(method, 'value', method)!r}, expected float weights"
+            )
 
 
-def describe(model: PreTrainedModel) -> None:
-    """Makes the model's config say which layers are ternary, from now on."""
-    if not any(isinstance(module, BitLinear) for module in model.modules()):
-        return
+def describe(module: nn.Module) -> None:
+    """Makes the models' configs say which layers are ternary, from now on."""
+    for model in _outermost(module):
+        if any(isinstance(part, BitLinear) for part in model.modules()):
+            _config_of(model)
+
+
+def describe_deployed(module: nn.Module) -> None:
+    """As `describe`, and tells transformers that the weights are packed."""
+    for model in _outermost(module):
+        if any(isinstance(part, BitLinear) and part.is_deployed for part in model.modules()):
+            config = _config_of(model)
+            if not isinstance(getattr(model, "hf_quantizer", None), BitLabQuantizer):
+                mark_as_quantized(model, BitLabQuantizer(config))
+
+
+def _config_of(model: PreTrainedModel) -> BitLabConfig:
+    """The config of a model with ternary layers, which describes it, or the whole that it is a part of."""
     config = getattr(model.config, "quantization_config", None)
     if not isinstance(config, BitLabConfig):
-        model.config.quantization_config = BitLabConfig.of(model)
+        model.config.quantization_config = config = BitLabConfig.of(model)
     elif not config.describes(model):
         config.follow(model)
+    return config
 
 
-def describe_deployed(model: PreTrainedModel) -> None:
-    """As `describe`, and tells transformers that the weights are packed."""
-    describe(model)
-    config = getattr(model.config, "quantization_config", None)
-    if isinstance(config, BitLabConfig) and not isinstance(getattr(model, "hf_quantizer", None), BitLabQuantizer):
-        mark_as_quantized(model, BitLabQuantizer(config))
-
-
-def outermost(model: nn.Module) -> list[PreTrainedModel]:
+def _outermost(model: nn.Module) -> list[PreTrainedModel]:
     """The models of transformers in a module, without those inside of others."""
     found: list[PreTrainedModel] = []
     inside: set[int] = set()

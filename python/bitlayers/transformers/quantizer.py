@@ -182,8 +182,10 @@ def _guards(checkpoint_files: Iterable[str]) -> list[str]:
             continue
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                if not name.endswith(".weight"):
+                    continue
                 tensor = tensors.get_slice(name)
-                if name.endswith(".weight") and tensor.get_dtype() == "U8" and tuple(tensor.get_shape()) == GUARD_SHAPE:
+                if tensor.get_dtype() == "U8" and tuple(tensor.get_shape()) == GUARD_SHAPE:
                     found.append(name)
     return found
 

@@ -227,8 +227,12 @@ PackedShape read_trailer(ConstMatrixView packed) {
   if (in_features < 1 || in_features > static_cast<std::uint64_t>(kMaxInFeatures)) {
     fail("qweight has a damaged trailer: in_features is ", in_features);
   }
-  const PackedShape shape =
-      packed_shape(packed.rows, static_cast<std::int64_t>(in_features), static_cast<Layout>(layout));
+  const auto stated = static_cast<std::int64_t>(in_features);
+  if (!has_layout(stated, static_cast<Layout>(layout))) {
+    fail("qweight has a damaged trailer: layout '", to_string(static_cast<Layout>(layout)), "' does not exist for ",
+         stated, " in_features");
+  }
+  const PackedShape shape = packed_shape(packed.rows, stated, static_cast<Layout>(layout));
   if (shape.row_bytes() != packed.cols) {
     fail("qweight has ", packed.cols, " bytes in a row, its trailer's ", in_features, " in_features take ",
          shape.row_bytes());

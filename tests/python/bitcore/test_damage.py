@@ -78,7 +78,7 @@ def test_every_changed_byte(layout: str, n: int, k: int) -> None:
         for change in (*(1 << bit for bit in range(8)), int(rng.integers(1, 256)), 0xFF):
             damaged = whole.clone()
             damaged.view(-1)[i] ^= change
-            refuse(damaged, k, "qweight" if layout == "2bit" else "")
+            refuse(damaged, k)
             y = attempt(damaged, unit, scale, schema)
             seen = None if y is None else y.round().T
             outcomes["refused" if seen is None else "read"] += 1

@@ -22,18 +22,11 @@ from layer_helpers import (
     assert_holds,
     layer_in,
     make_layer,
-    make_x,
     noise,
     snapshot,
 )
 from support import same_bits
 from user_kernels import PATHS
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_x()
-
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 

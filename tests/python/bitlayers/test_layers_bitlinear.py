@@ -22,16 +22,9 @@ from layer_helpers import (
     evaluate,
     layer_in,
     make_layer,
-    make_x,
 )
 from support import same_bits
 from user_kernels import OwnForm, registered
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_x()
-
 
 # --- construction -----------------------------------------------------------------------------------------------------
 

@@ -23,17 +23,10 @@ from layer_helpers import (
     evaluate,
     layer_in,
     make_layer,
-    make_x,
     put_into,
     snapshot,
 )
 from support import same_bits
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_x()
-
 
 # --- from state to state ----------------------------------------------------------------------------------------------
 

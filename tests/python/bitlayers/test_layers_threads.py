@@ -15,15 +15,9 @@ from layer_helpers import (
     SIZES,
     evaluate,
     layer_in,
-    make_x,
     noise,
 )
 from support import same_bits
-
-
-@pytest.fixture
-def x() -> Tensor:
-    return make_x()
 
 
 def run_threads(*work: Callable[[], object]) -> None:
