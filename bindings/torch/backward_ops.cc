@@ -36,30 +36,36 @@ struct Problem {
     owners.push_back(std::move(matrix.owner));
     return matrix.view;
   }
-  std::span<const float> own(Scale scale) {
+  ConstVectorView own(Scale scale) {
     owners.push_back(std::move(scale.owner));
     return scale.values;
   }
 };
 
-void take_weight(Problem& problem, const Tensor& qweight, const std::optional<Tensor>& scale, std::int64_t in_features,
-                 bool per_channel) {
+void take_weight(Problem& problem, const Tensor& qweight, const std::optional<Tensor>& scale,
+                 std::int64_t in_features) {
   if (!scale.has_value()) throw QuantizationError("qweight_scale is None, qweight needs it");
   const std::int64_t out_features = qweight.size(0);
   problem.inputs.qweight = problem.own(any_weight(qweight, in_features));
   check_shape(problem.dy.view.rows, problem.dy.view.cols, problem.dy.view.rows, out_features, "dy");
-  problem.inputs.qweight_scale = problem.own(weight_scale(*scale, "qweight_scale", out_features, per_channel));
+  problem.inputs.qweight_scale =
+      problem.own(weight_scale(*scale, "qweight_scale", out_features, in_features, problem.config));
 }
 
-void take_x(Problem& problem, const Tensor& x, const std::optional<Tensor>& scale, std::int64_t in_features) {
+void take_x(Problem& problem, const Tensor& x, const std::optional<Tensor>& scale, std::int64_t in_features,
+            bool x_per_group) {
   const bool int8 = x.scalar_type() == ScalarType::Char;
   problem.inputs.qx = problem.own(int8 ? code_rows(x, "x") : floating_rows(x, "x"));
   check_shape(problem.inputs.qx.rows, problem.inputs.qx.cols, problem.dy.view.rows, in_features, "x");
   if (!int8) return;
   if (!scale.has_value()) throw QuantizationError("x_scale is None, int8 codes need it");
-  const bool per_channel = scale->dim() > 0;
-  problem.inputs.x_scale = problem.own(x_scale(*scale, x, per_channel));
-  problem.config = make_config(problem.config.weight_granularity == Granularity::per_channel, true, per_channel);
+  problem.config.activation_dtype = ActivationDtype::int8;
+  if (x_per_group) {
+    problem.config.activation_granularity = Granularity::per_group;
+  } else if (scale->dim() > 0) {
+    problem.config.activation_granularity = Granularity::per_channel;
+  }
+  problem.inputs.x_scale = problem.own(x_scale(*scale, x, problem.config)).floats();
 }
 
 std::optional<Tensor> gradient(const Shape& shape, std::optional<ScalarType> dtype, const char* name) {
@@ -83,10 +89,11 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
                                                       std::optional<Tensor> qweight_scale, std::int64_t in_features,
                                                       bool weight_per_channel, std::optional<ScalarType> dx_dtype,
                                                       std::optional<ScalarType> dweight_dtype,
-                                                      std::optional<ScalarType> dbias_dtype) {
-  Problem problem = {gradient_rows(dy), {}, make_config(weight_per_channel, false, false)};
-  if (qweight.has_value()) take_weight(problem, *qweight, qweight_scale, in_features, weight_per_channel);
-  if (x.has_value()) take_x(problem, *x, x_scale, in_features);
+                                                      std::optional<ScalarType> dbias_dtype, std::int64_t group_size,
+                                                      bool x_per_group) {
+  Problem problem = {gradient_rows(dy), {}, make_config(weight_per_channel, false, false, group_size)};
+  if (qweight.has_value()) take_weight(problem, *qweight, qweight_scale, in_features);
+  if (x.has_value()) take_x(problem, *x, x_scale, in_features, x_per_group);
   const std::int64_t out_features = problem.dy.view.cols;
   std::optional<Tensor> dx = gradient(replace_last(dy, in_features), dx_dtype, "dx_dtype");
   std::optional<Tensor> dweight = gradient({out_features, in_features}, dweight_dtype, "dweight_dtype");

@@ -25,16 +25,14 @@ std::string list(const Items& items, const ToJson& to_json) {
   return "[" + json + "]";
 }
 
-// The configs that a kernel covers, as the operators' three flags.
+// The configs that a kernel covers, as Python's BitQuantConfig takes them.
 std::string covered_configs(const BitKernelBase& kernel) {
   std::string json;
-  for (int flags = 0; flags < 8; ++flags) {
-    const bool weight_per_channel = (flags & 4) != 0, int8_activations = (flags & 2) != 0,
-               x_per_channel = (flags & 1) != 0;
-    if (!kernel.is_compatible_with(make_config(weight_per_channel, int8_activations, x_per_channel))) continue;
-    const auto text = [](bool flag) { return std::string(flag ? "true" : "false"); };
-    json += std::string(json.empty() ? "" : ", ") + "[" + text(weight_per_channel) + ", " + text(int8_activations) +
-            ", " + text(x_per_channel) + "]";
+  for (const BitQuantConfig& config : all_configs()) {
+    if (!kernel.is_compatible_with(config)) continue;
+    json += (json.empty() ? "[" : ", [") + quoted(to_string(config.weight_granularity)) + ", " +
+            quoted(to_string(config.activation_dtype)) + ", " + quoted(to_string(config.activation_granularity)) +
+            ", " + std::to_string(config.group_size) + "]";
   }
   return "[" + json + "]";
 }

@@ -34,35 +34,39 @@ struct Op<function> {
 // (An argument called `kernel` would clash with one of inductor's.) straight_through returns a copy of value and hands
 // its gradient to source. bitlinear_backward takes x as the training forward kept it, int8 codes or floating, and the
 // weight packed, as int8 codes, or floating as it was quantized with qweight_scale; a gradient whose dtype is None is
-// not computed, and has no elements. dx needs the weight and its scale, dweight x and its scale.
+// not computed, and has no elements. dx needs the weight and its scale, dweight x and its scale. group_size 0: no
+// scales per group; otherwise those of the weight are (the per_channel flag is false), and those of x with x_per_group.
+// Arguments are added at the end, with defaults: programs that were exported before still load.
 STABLE_TORCH_LIBRARY(bitcore, m) {
-  m.def("compute_weight_scale(Tensor weight, bool per_channel) -> Tensor");
-  m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel) -> Tensor");
-  m.def("dequantize_weight(Tensor qweight, Tensor scale, bool per_channel) -> Tensor");
-  m.def("compute_x_scale(Tensor x, bool int8_activations, bool per_channel) -> Tensor");
-  m.def("quantize_x(Tensor x, Tensor scale, bool per_channel) -> Tensor");
-  m.def("dequantize_x(Tensor qx, Tensor scale, bool per_channel) -> Tensor");
+  m.def("compute_weight_scale(Tensor weight, bool per_channel, int group_size=0) -> Tensor");
+  m.def("quantize_weight(Tensor weight, Tensor scale, bool per_channel, int group_size=0) -> Tensor");
+  m.def("dequantize_weight(Tensor qweight, Tensor scale, bool per_channel, int group_size=0) -> Tensor");
+  m.def("compute_x_scale(Tensor x, bool int8_activations, bool per_channel, int group_size=0) -> Tensor");
+  m.def("quantize_x(Tensor x, Tensor scale, bool per_channel, int group_size=0) -> Tensor");
+  m.def("dequantize_x(Tensor qx, Tensor scale, bool per_channel, int group_size=0) -> Tensor");
   m.def("pack_weights(Tensor qweight, str layout=\"auto\") -> Tensor");
   m.def("unpack_weights(Tensor qweight, int in_features, bool check=True) -> Tensor");
   m.def("check_qweight(Tensor qweight, int in_features) -> ()");
   m.def(
-      "prepare_weights(Tensor weight, bool per_channel, str layout=\"auto\") -> (Tensor qweight_scale, Tensor "
-      "qweight)");
+      "prepare_weights(Tensor weight, bool per_channel, str layout=\"auto\", int group_size=0) -> (Tensor "
+      "qweight_scale, Tensor qweight)");
   for (const std::string prefix : {"", "torch_"}) {
-    m.def((prefix +
-           "bitlinear(Tensor x, Tensor qweight_scale, Tensor qweight, Tensor? bias, bool weight_per_channel, "
-           "bool int8_activations, bool x_per_channel, ScalarType? out_dtype=None, str? kernel_name=None) -> Tensor")
+    m.def((prefix + "bitlinear(Tensor x, Tensor qweight_scale, Tensor qweight, Tensor? bias, bool weight_per_channel, "
+                    "bool int8_activations, bool x_per_channel, ScalarType? out_dtype=None, str? kernel_name=None, "
+                    "int group_size=0, bool x_per_group=False) -> Tensor")
               .c_str());
     m.def((prefix +
            "bitlinear_train(Tensor x, Tensor weight, Tensor? bias, bool weight_per_channel, bool int8_activations, "
-           "bool x_per_channel, ScalarType? out_dtype=None, str? kernel_name=None) -> "
+           "bool x_per_channel, ScalarType? out_dtype=None, str? kernel_name=None, int group_size=0, "
+           "bool x_per_group=False) -> "
            "(Tensor y, Tensor qx, Tensor x_scale, Tensor qweight, Tensor qweight_scale)")
               .c_str());
   }
   m.def(
       "bitlinear_backward(Tensor dy, Tensor? x, Tensor? x_scale, Tensor? qweight, Tensor? qweight_scale, "
       "int in_features, bool weight_per_channel, ScalarType? dx_dtype, ScalarType? dweight_dtype, "
-      "ScalarType? dbias_dtype) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+      "ScalarType? dbias_dtype, int group_size=0, bool x_per_group=False) -> (Tensor dx, Tensor dweight, Tensor "
+      "dbias)");
   m.def("straight_through(Tensor value, Tensor source) -> Tensor");
   m.def("list_kernels() -> str");
   m.def("kernel_tile_calls(str kernel) -> int");

@@ -22,41 +22,43 @@ Tensor empty_output(const Tensor& x, std::int64_t out_features, std::optional<Sc
 }
 
 struct PreparedTensors {
-  Tensor scale;    // () or (out_features,)
+  Tensor scale;    // (), (out_features,) or (out_features, groups)
   Tensor qweight;  // (out_features, row_bytes)
 };
 
 PreparedTensors prepare(ConstMatrixView weight, const BitQuantConfig& config, Layout layout,
                         bitlinear::NonFinite non_finite) {
   const PackedShape shape = packed_shape(weight.rows, weight.cols, layout);
-  const bool per_channel = config.weight_granularity == Granularity::per_channel;
-  Tensor scale = empty(per_channel ? Shape{weight.rows} : Shape{}, ScalarType::Float);
+  Tensor scale = empty_weight_scale(weight.rows, weight.cols, config);
   Tensor qweight = empty({shape.out_features, shape.row_bytes()}, ScalarType::Byte);
-  bitlinear::prepare_weights_into(weight, config, layout, non_finite, output_floats(scale), output_rows(qweight),
+  bitlinear::prepare_weights_into(weight, config, layout, non_finite, output_vector(scale), output_rows(qweight),
                                   torch_executor());
   return {std::move(scale), std::move(qweight)};
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prepare_weights(const Tensor& weight, bool per_channel, StringArgument layout) {
+std::tuple<Tensor, Tensor> prepare_weights(const Tensor& weight, bool per_channel, StringArgument layout,
+                                           std::int64_t group_size) {
   const Layout chosen = parse_layout(take_string(layout));
   const Matrix w = floating_matrix(weight, "weight");
-  auto [scale, qweight] = prepare(w.view, make_config(per_channel, true, false), chosen, bitlinear::NonFinite::reject);
+  auto [scale, qweight] = prepare(w.view, weight_config(per_channel, group_size), chosen, bitlinear::NonFinite::reject);
   return {std::move(scale), std::move(qweight)};
 }
 
 Tensor bitlinear(const Tensor& x, const Tensor& qweight_scale, const Tensor& qweight, std::optional<Tensor> bias,
                  bool weight_per_channel, bool int8_activations, bool x_per_channel,
-                 std::optional<ScalarType> out_dtype, std::optional<StringArgument> kernel) {
+                 std::optional<ScalarType> out_dtype, std::optional<StringArgument> kernel, std::int64_t group_size,
+                 bool x_per_group) {
   const std::string name = kernel_name(kernel);
+  const BitQuantConfig config =
+      make_config(weight_per_channel, int8_activations, x_per_channel, group_size, x_per_group);
   const Matrix rows = floating_rows(x, "x");
   const Matrix weights = packed_matrix(qweight, /*allow_codes=*/true);
-  const Scale scale = weight_scale(qweight_scale, "qweight_scale", weights.view.rows, weight_per_channel);
+  const Scale scale = weight_scale(qweight_scale, "qweight_scale", weights.view.rows, rows.view.cols, config);
   const Vector b = floating_vector(bias, weights.view.rows, "bias");
   Tensor y = empty_output(x, weights.view.rows, out_dtype);
-  bitcore::bitlinear::forward(rows.view, scale.values, weights.view, b.view,
-                              make_config(weight_per_channel, int8_activations, x_per_channel), output_rows(y),
+  bitcore::bitlinear::forward(rows.view, scale.values, weights.view, b.view, config, output_rows(y),
                               {&torch_executor(), name});
   return y;
 }
@@ -65,9 +67,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
                                                                    std::optional<Tensor> bias, bool weight_per_channel,
                                                                    bool int8_activations, bool x_per_channel,
                                                                    std::optional<ScalarType> out_dtype,
-                                                                   std::optional<StringArgument> kernel) {
+                                                                   std::optional<StringArgument> kernel,
+                                                                   std::int64_t group_size, bool x_per_group) {
   const std::string name = kernel_name(kernel);
-  const BitQuantConfig config = make_config(weight_per_channel, int8_activations, x_per_channel);
+  const BitQuantConfig config =
+      make_config(weight_per_channel, int8_activations, x_per_channel, group_size, x_per_group);
   const Matrix rows = floating_rows(x, "x");
   const Matrix w = floating_matrix(weight, "weight");
   if (rows.view.cols != w.view.cols) {
@@ -80,15 +84,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitlinear_train(const Tensor&
   const ConstMatrixView packed = output_rows(qweight);
   const bitlinear::Options options = {&torch_executor(), name};
   if (!int8_activations) {
-    bitcore::bitlinear::forward_quantized(rows.view, {}, output_floats(w_scale), packed, b.view, config, output_rows(y),
+    bitcore::bitlinear::forward_quantized(rows.view, {}, output_vector(w_scale), packed, b.view, config, output_rows(y),
                                           options);
     return {y, empty({0}, ScalarType::Char), empty({0}, ScalarType::Float), qweight, w_scale};
   }
-  Tensor scale = empty(x_per_channel ? replace_last(x, 1) : Shape{}, ScalarType::Float);
+  Tensor scale = empty_x_scale(x, config);
   Tensor qx = empty(replace_last(x, rows.view.cols), ScalarType::Char);
   compute_x_scale(rows.view, config, output_floats(scale), torch_executor());
   quantize_x(rows.view, output_floats(scale), config, output_rows(qx), torch_executor());
-  bitcore::bitlinear::forward_quantized(output_rows(qx), output_floats(scale), output_floats(w_scale), packed, b.view,
+  bitcore::bitlinear::forward_quantized(output_rows(qx), output_floats(scale), output_vector(w_scale), packed, b.view,
                                         config, output_rows(y), options);
   return {y, qx, scale, qweight, w_scale};
 }

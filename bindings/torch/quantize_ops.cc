@@ -9,55 +9,60 @@
 
 namespace bitcore::torch_ops {
 
-Tensor compute_weight_scale(const Tensor& weight, bool per_channel) {
+Tensor compute_weight_scale(const Tensor& weight, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = weight_config(per_channel, group_size);
   const Matrix w = floating_matrix(weight, "weight");
-  Tensor scale = empty(per_channel ? Shape{w.view.rows} : Shape{}, ScalarType::Float);
-  bitcore::compute_weight_scale(w.view, make_config(per_channel, true, false), output_floats(scale), torch_executor());
+  Tensor scale = empty_weight_scale(w.view.rows, w.view.cols, config);
+  bitcore::compute_weight_scale(w.view, config, output_vector(scale), torch_executor());
   return scale;
 }
 
-Tensor quantize_weight(const Tensor& weight, const Tensor& scale, bool per_channel) {
+Tensor quantize_weight(const Tensor& weight, const Tensor& scale, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = weight_config(per_channel, group_size);
   const Matrix w = floating_matrix(weight, "weight");
-  const Scale s = weight_scale(scale, "scale", w.view.rows, per_channel);
+  const Scale s = weight_scale(scale, "scale", w.view.rows, w.view.cols, config);
   Tensor qweight = empty({w.view.rows, w.view.cols}, ScalarType::Char);
-  bitcore::quantize_weight(w.view, s.values, make_config(per_channel, true, false), output_rows(qweight),
-                           torch_executor());
+  bitcore::quantize_weight(w.view, s.values, config, output_rows(qweight), torch_executor());
   return qweight;
 }
 
-Tensor dequantize_weight(const Tensor& qweight, const Tensor& scale, bool per_channel) {
+Tensor dequantize_weight(const Tensor& qweight, const Tensor& scale, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = weight_config(per_channel, group_size);
   const Matrix q = code_matrix(qweight, "qweight");
-  const Scale s = weight_scale(scale, "scale", q.view.rows, per_channel);
+  const Scale s = weight_scale(scale, "scale", q.view.rows, q.view.cols, config);
   Tensor weight = empty({q.view.rows, q.view.cols}, ScalarType::Float);
-  bitcore::dequantize_weight(q.view, s.values, make_config(per_channel, true, false), output_rows(weight));
+  bitcore::dequantize_weight(q.view, s.values, config, output_rows(weight));
   return weight;
 }
 
-Tensor compute_x_scale(const Tensor& x, bool int8_activations, bool per_channel) {
+Tensor compute_x_scale(const Tensor& x, bool int8_activations, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = x_config(per_channel, group_size);
   const Matrix rows = floating_rows(x, "x");
-  Tensor scale = empty(per_channel ? replace_last(x, 1) : Shape{}, ScalarType::Float);
+  Tensor scale = empty_x_scale(x, config);
   const std::span<float> values = output_floats(scale);
   if (int8_activations) {
-    bitcore::compute_x_scale(rows.view, make_config(false, true, per_channel), values, torch_executor());
+    bitcore::compute_x_scale(rows.view, config, values, torch_executor());
   } else {
     std::fill(values.begin(), values.end(), 1.0f);
   }
   return scale;
 }
 
-Tensor quantize_x(const Tensor& x, const Tensor& scale, bool per_channel) {
+Tensor quantize_x(const Tensor& x, const Tensor& scale, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = x_config(per_channel, group_size);
   const Matrix rows = floating_rows(x, "x");
-  const Scale s = x_scale(scale, x, per_channel);
+  const Scale s = x_scale(scale, x, config);
   Tensor qx = empty(replace_last(x, rows.view.cols), ScalarType::Char);
-  bitcore::quantize_x(rows.view, s.values, make_config(false, true, per_channel), output_rows(qx), torch_executor());
+  bitcore::quantize_x(rows.view, s.values.floats(), config, output_rows(qx), torch_executor());
   return qx;
 }
 
-Tensor dequantize_x(const Tensor& qx, const Tensor& scale, bool per_channel) {
+Tensor dequantize_x(const Tensor& qx, const Tensor& scale, bool per_channel, std::int64_t group_size) {
+  const BitQuantConfig config = x_config(per_channel, group_size);
   const Matrix rows = code_rows(qx, "qx");
-  const Scale s = x_scale(scale, qx, per_channel);
+  const Scale s = x_scale(scale, qx, config);
   Tensor x = empty(replace_last(qx, rows.view.cols), ScalarType::Float);
-  bitcore::dequantize_x(rows.view, s.values, make_config(false, true, per_channel), output_rows(x));
+  bitcore::dequantize_x(rows.view, s.values.floats(), config, output_rows(x));
   return x;
 }
 

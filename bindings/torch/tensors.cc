@@ -120,11 +120,13 @@ Matrix rows_of(const Tensor& tensor, DType dtype, const char* name, bool of_feat
   return matrix(torch::stable::reshape(tensor, flat), dtype);
 }
 
-Scale scale_of(const Tensor& scale, const char* name) {
+Scale scale_of(const Tensor& scale, const char* name, DType expected = DType::float32) {
   const ScalarType dtype = dtype_of(scale, name);
-  if (dtype != ScalarType::Float) fail(name, " has dtype ", to_string(dtype), ", expected float32");
+  if (dtype != (expected == DType::float16 ? ScalarType::Half : ScalarType::Float)) {
+    fail(name, " has dtype ", to_string(dtype), ", expected ", bitcore::to_string(expected));
+  }
   Tensor owner = made_contiguous(scale);
-  const std::span values(static_cast<const float*>(owner.const_data_ptr()), static_cast<std::size_t>(owner.numel()));
+  const ConstVectorView values(owner.const_data_ptr(), expected, owner.numel());
   return {std::move(owner), values};
 }
 
@@ -144,10 +146,26 @@ void check_weight_shape(const Tensor& weight, const char* name) {
 
 }  // namespace
 
-BitQuantConfig make_config(bool weight_per_channel, bool int8_activations, bool x_per_channel) {
-  return {weight_per_channel ? Granularity::per_channel : Granularity::per_tensor,
-          int8_activations ? ActivationDtype::int8 : ActivationDtype::float32,
-          x_per_channel ? Granularity::per_channel : Granularity::per_tensor};
+BitQuantConfig make_config(bool weight_per_channel, bool int8_activations, bool x_per_channel, std::int64_t group_size,
+                           bool x_per_group) {
+  BitQuantConfig config = {weight_per_channel ? Granularity::per_channel : Granularity::per_tensor,
+                           int8_activations ? ActivationDtype::int8 : ActivationDtype::float32,
+                           x_per_channel ? Granularity::per_channel : Granularity::per_tensor};
+  if (group_size != 0) {
+    config.weight_granularity = Granularity::per_group;
+    config.group_size = group_size;
+  }
+  if (x_per_group) config.activation_granularity = Granularity::per_group;
+  check_config(config);
+  return config;
+}
+
+BitQuantConfig weight_config(bool per_channel, std::int64_t group_size) {
+  return make_config(per_channel, true, true, group_size);
+}
+
+BitQuantConfig x_config(bool per_channel, std::int64_t group_size) {
+  return make_config(false, true, per_channel, group_size, group_size != 0);
 }
 
 Shape replace_last(const Tensor& x, std::int64_t last) {
@@ -200,31 +218,59 @@ Vector floating_vector(const std::optional<Tensor>& tensor, std::int64_t size, c
   return {std::move(owner), view};
 }
 
-Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, bool per_channel) {
-  Scale checked = scale_of(scale, name);
-  if (!per_channel) {
+Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, std::int64_t cols,
+                   const BitQuantConfig& config) {
+  Scale checked = scale_of(scale, name, weight_scale_dtype(config));
+  if (config.weight_granularity == Granularity::per_tensor) {
     check_one_element(scale, name, "weights");
     return checked;
   }
   const Shape shape = shape_of(scale);
-  if (shape != Shape{rows} && shape != Shape{rows, 1}) {
+  if (config.weight_granularity == Granularity::per_group) {
+    const Shape expected = {rows, weight_groups(cols, config)};
+    if (shape != expected) {
+      fail(name, " has shape ", to_string(shape), ", expected ", to_string(expected), " for weights of ", cols,
+           " in_features in groups of ", config.group_size);
+    }
+  } else if (shape != Shape{rows} && shape != Shape{rows, 1}) {
     fail(name, " has shape ", to_string(shape), ", expected ", to_string(Shape{rows}), " for per_channel weights");
   }
   return checked;
 }
 
-Scale x_scale(const Tensor& scale, const Tensor& x, bool per_channel) {
+Scale x_scale(const Tensor& scale, const Tensor& x, const BitQuantConfig& config) {
   Scale checked = scale_of(scale, "scale");
-  if (!per_channel) {
+  if (config.activation_granularity == Granularity::per_tensor) {
     check_one_element(scale, "scale", "activations");
     return checked;
   }
+  const bool groups = config.activation_granularity == Granularity::per_group;
   const Shape shape = shape_of(scale);
-  const Shape expected = replace_last(x, 1);
+  const Shape expected = replace_last(x, groups ? weight_groups(x.size(-1), config) : 1);
   if (shape != expected) {
-    fail("scale has shape ", to_string(shape), ", expected ", to_string(expected), " for per_channel activations");
+    fail("scale has shape ", to_string(shape), ", expected ", to_string(expected), " for ",
+         bitcore::to_string(config.activation_granularity), " activations",
+         groups ? " in groups of " + std::to_string(config.group_size) : "");
   }
   return checked;
+}
+
+Tensor empty_weight_scale(std::int64_t rows, std::int64_t cols, const BitQuantConfig& config) {
+  switch (config.weight_granularity) {
+    case Granularity::per_tensor:
+      return empty({}, ScalarType::Float);
+    case Granularity::per_channel:
+      return empty({rows}, ScalarType::Float);
+    case Granularity::per_group:
+      break;
+  }
+  return empty({rows, weight_groups(cols, config)}, ScalarType::Half);
+}
+
+Tensor empty_x_scale(const Tensor& x, const BitQuantConfig& config) {
+  if (config.activation_granularity == Granularity::per_tensor) return empty({}, ScalarType::Float);
+  const bool groups = config.activation_granularity == Granularity::per_group;
+  return empty(replace_last(x, groups ? weight_groups(x.size(-1), config) : 1), ScalarType::Float);
 }
 
 void check_floating_dtype(ScalarType dtype, const char* name) {
@@ -282,6 +328,11 @@ MatrixView output_rows(const Tensor& tensor) {
 
 std::span<float> output_floats(const Tensor& tensor) {
   return {static_cast<float*>(tensor.mutable_data_ptr()), static_cast<std::size_t>(tensor.numel())};
+}
+
+VectorView output_vector(const Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), tensor.scalar_type() == ScalarType::Half ? DType::float16 : DType::float32,
+          tensor.numel()};
 }
 
 }  // namespace bitcore::torch_ops

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bitcore/config.h"
+#include "bitcore/ops/base.h"
 #include "bitcore/tensor.h"
 
 namespace bitcore::torch_ops {
@@ -30,10 +31,16 @@ struct Vector {
 };
 struct Scale {
   Tensor owner;
-  std::span<const float> values;
+  ConstVectorView values;
 };
 
-BitQuantConfig make_config(bool weight_per_channel, bool int8_activations, bool x_per_channel);
+/// @param group_size 0: weights have no scales per group. @param x_per_group Whether activations have.
+BitQuantConfig make_config(bool weight_per_channel, bool int8_activations, bool x_per_channel,
+                           std::int64_t group_size = 0, bool x_per_group = false);
+
+/// The config of a weight alone, and of activations alone.
+BitQuantConfig weight_config(bool per_channel, std::int64_t group_size);
+BitQuantConfig x_config(bool per_channel, std::int64_t group_size);
 
 /// Shape of the leading dimensions of x, followed by `last`.
 Shape replace_last(const Tensor& x, std::int64_t last);
@@ -62,11 +69,17 @@ Matrix any_weight(const Tensor& qweight, std::int64_t in_features);
 /// A floating vector of shape (size,), or none.
 Vector floating_vector(const std::optional<Tensor>& tensor, std::int64_t size, const char* name);
 
-/// float32; any one element per tensor; (rows,) or (rows, 1) per channel.
-Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, bool per_channel);
+/// Of a weight (rows, cols): float32; any one element per tensor; (rows,) or (rows, 1) per channel; float16 (rows,
+/// groups) per group.
+Scale weight_scale(const Tensor& scale, const char* name, std::int64_t rows, std::int64_t cols,
+                   const BitQuantConfig& config);
 
-/// float32; any one element per tensor; (*, 1) per channel.
-Scale x_scale(const Tensor& scale, const Tensor& x, bool per_channel);
+/// float32; any one element per tensor; (*, 1) per channel; (*, groups) per group.
+Scale x_scale(const Tensor& scale, const Tensor& x, const BitQuantConfig& config);
+
+/// New tensors for what weight_scale and x_scale take.
+Tensor empty_weight_scale(std::int64_t rows, std::int64_t cols, const BitQuantConfig& config);
+Tensor empty_x_scale(const Tensor& x, const BitQuantConfig& config);
 
 /// A dtype that quantization reads or writes: float32, bfloat16 or float16.
 void check_floating_dtype(ScalarType dtype, const char* name);
@@ -82,5 +95,8 @@ MatrixView output_rows(const Tensor& tensor);
 
 /// A contiguous float32 tensor as floats to write.
 std::span<float> output_floats(const Tensor& tensor);
+
+/// A contiguous float32 or float16 tensor, flat.
+VectorView output_vector(const Tensor& tensor);
 
 }  // namespace bitcore::torch_ops

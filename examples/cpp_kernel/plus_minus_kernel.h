@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -15,7 +16,8 @@ class PlusMinusKernel final : public bitcore::BitKernelBase {
   std::string_view name() const override { return "PlusMinusKernel"; }
 
   bool is_compatible_with(const bitcore::BitQuantConfig& config) const override {
-    return config.activation_dtype == bitcore::ActivationDtype::int8;
+    return config.activation_dtype == bitcore::ActivationDtype::int8 &&
+           config.weight_granularity != bitcore::Granularity::per_group;
   }
 
   void operator()(const bitcore::LinearArgs& args) const override {
@@ -41,13 +43,14 @@ class PlusMinusKernel final : public bitcore::BitKernelBase {
                        {bias.data(), 1, out_features});
     }
 
+    const std::span<const float> w_scale = args.qweight_scale.floats();
     std::vector<float> y(static_cast<std::size_t>(tokens * out_features));
     const auto one_token = [&](int m) {
       const auto* row = reinterpret_cast<const std::int8_t*>(qx.row(m));
       const float s_x = x_scale[x_scale.size() == 1 ? 0 : static_cast<std::size_t>(m)];
       for (std::int64_t n = 0; n < out_features; ++n) {
         const std::int32_t sum = plus_minus(row, &weights[static_cast<std::size_t>(n * in_features)], in_features);
-        const float s_w = args.qweight_scale[args.qweight_scale.size() == 1 ? 0 : static_cast<std::size_t>(n)];
+        const float s_w = w_scale[w_scale.size() == 1 ? 0 : static_cast<std::size_t>(n)];
         float& out = y[static_cast<std::size_t>(m * out_features + n)];
         out = static_cast<float>(sum) * (s_x * s_w);
         if (args.bias) out = out + bias[static_cast<std::size_t>(n)];

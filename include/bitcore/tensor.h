@@ -2,9 +2,13 @@
 /// Views of memory that the caller owns. The engine copies no tensor that it can read in place.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <ranges>
+#include <span>
 #include <string_view>
+#include <vector>
 
 namespace bitcore {
 
@@ -37,6 +41,11 @@ template <>
 struct DTypeOf<std::uint8_t> {
   static constexpr DType value = DType::uint8;
 };
+
+template <class Range>
+concept FloatRange = std::ranges::contiguous_range<Range> && std::ranges::sized_range<Range> &&
+                     std::same_as < std::ranges::range_value_t<Range>,
+float > ;
 }  // namespace detail
 
 /// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart. Every function that takes
@@ -101,9 +110,64 @@ struct ConstVectorView {
   ConstVectorView(const void* data, DType dtype, std::int64_t size) : data(data), dtype(dtype), size(size) {}
   /// A vector of float.
   ConstVectorView(const float* data, std::int64_t size) : ConstVectorView(data, DType::float32, size) {}
+  /// A std::vector, std::span, ... of float.
+  template <detail::FloatRange Range>
+  ConstVectorView(const Range& values) : ConstVectorView(std::ranges::data(values), std::ranges::ssize(values)) {}
 
   /// Whether there is a vector.
   explicit operator bool() const { return data != nullptr; }
+
+  /// The elements of a float32 vector; of any other none.
+  std::span<const float> floats() const {
+    if (dtype != DType::float32) return {};
+    return {static_cast<const float*>(data), static_cast<std::size_t>(size)};
+  }
+};
+
+/// A vector to write.
+struct VectorView {
+  void* data = nullptr;          ///< First element.
+  DType dtype = DType::float32;  ///< Of the elements.
+  std::int64_t size = 0;         ///< Number of elements.
+
+  VectorView() = default;
+  /// A vector of any dtype.
+  VectorView(void* data, DType dtype, std::int64_t size) : data(data), dtype(dtype), size(size) {}
+  /// A std::vector, std::span, ... of float.
+  template <detail::FloatRange Range>
+  VectorView(Range&& values)
+      : VectorView(std::ranges::data(values), DType::float32, static_cast<std::int64_t>(std::ranges::size(values))) {}
+
+  /// The same vector, to read.
+  operator ConstVectorView() const { return {data, dtype, size}; }
+};
+
+/// A floating vector that owns its elements, of any dtype: the scales of a weight.
+class FloatVector {
+ public:
+  FloatVector() = default;
+  /// Zeros.
+  /// @throws QuantizationError for a dtype that is not floating, or a negative size.
+  FloatVector(DType dtype, std::int64_t size);
+  /// A copy of a floating vector.
+  explicit FloatVector(ConstVectorView values);
+
+  DType dtype() const { return dtype_; }                                                           ///< Of the elements.
+  std::int64_t size() const { return static_cast<std::int64_t>(bits_.size() / size_of(dtype_)); }  ///< Elements.
+  const std::byte* data() const { return bits_.data(); }                                           ///< First byte.
+  float operator[](std::int64_t index) const;  ///< An element, widened.
+
+  /// To read.
+  operator ConstVectorView() const { return {bits_.data(), dtype_, size()}; }
+  /// To write.
+  operator VectorView() { return {bits_.data(), dtype_, size()}; }
+
+  /// Equal in dtype, size and all bits.
+  friend bool operator==(const FloatVector&, const FloatVector&) = default;
+
+ private:
+  DType dtype_ = DType::float32;
+  std::vector<std::byte> bits_;
 };
 
 }  // namespace bitcore

@@ -22,17 +22,18 @@ namespace bitlayers {
 
 /// The tensors of one layer in a file; null stands for one that is not there.
 struct LayerTensors {
-  const bitcore::TensorEntry* weight = nullptr;         ///< Floating (out_features, in_features): not deployed.
-  const bitcore::TensorEntry* qweight = nullptr;        ///< Packed: deployed. It comes before `weight`.
-  const bitcore::TensorEntry* qweight_scale = nullptr;  ///< Floating: a scalar, or (out_features,).
-  const bitcore::TensorEntry* bias = nullptr;           ///< Floating (out_features,).
+  const bitcore::TensorEntry* weight = nullptr;   ///< Floating (out_features, in_features): not deployed.
+  const bitcore::TensorEntry* qweight = nullptr;  ///< Packed: deployed. It comes before `weight`.
+  const bitcore::TensorEntry* qweight_scale =
+      nullptr;                                 ///< Floating: a scalar, (out_features,), or float16 of the groups.
+  const bitcore::TensorEntry* bias = nullptr;  ///< Floating (out_features,).
 
   /// Those named `<prefix>weight`, `<prefix>qweight`, `<prefix>qweight_scale` and `<prefix>bias`.
   static LayerTensors find(const bitcore::SafetensorsFile& file, std::string_view prefix);
 };
 
-/// y = float(sum_k q_x q_w) * (s_x * s_w) + bias, on weights that are packed once. It cannot change: any number of
-/// threads may use one layer. Copies are cheap and share their memory.
+/// y = float(sum_k q_x q_w) * (s_x * s_w) + bias (with scales per group the sum of such terms), on weights that are
+/// packed once. It cannot change: any number of threads may use one layer. Copies are cheap and share their memory.
 class BitLinear {
  public:
   /// A layer that owns its memory; the bias is copied.
@@ -50,14 +51,15 @@ class BitLinear {
                           bitcore::Layout layout = bitcore::Layout::automatic,
                           bitcore::Executor& executor = bitcore::default_executor());
 
-  /// A layer on packed bytes and a bias that lie elsewhere, as in a mapped file; the scales are copied.
+  /// A layer on packed bytes, scales per group and a bias that lie elsewhere, as in a mapped file; other scales are
+  /// copied.
   /// @param qweight Packed uint8 (out_features, row bytes); from memory 5 % faster if it begins on a cache line.
-  /// @param scale   1 element per tensor, out_features per channel.
+  /// @param scale   weight_scale_size() elements of weight_scale_dtype().
   /// @param bias    Floating (out_features,), or none.
   /// @param owner   Kept as long as the layer and its copies; null: the caller keeps the memory alive and unchanged.
   /// @param verify  Whether every byte of `qweight` is checked now, or only its trailer.
   /// @throws QuantizationError as the constructor.
-  static BitLinear view(bitcore::ConstMatrixView qweight, std::int64_t in_features, std::span<const float> scale,
+  static BitLinear view(bitcore::ConstMatrixView qweight, std::int64_t in_features, bitcore::ConstVectorView scale,
                         bitcore::ConstVectorView bias, const bitcore::BitQuantConfig& config,
                         std::shared_ptr<const void> owner = nullptr,
                         bitcore::Verify verify = bitcore::Verify::every_byte);
@@ -95,8 +97,8 @@ class BitLinear {
   const bitcore::PackedShape& packed_shape() const { return shape_; }
   /// The packed weight, uint8 (out_features, packed_shape().row_bytes()).
   bitcore::ConstMatrixView qweight() const;
-  /// The weight's scales: 1 per tensor, out_features per channel.
-  std::span<const float> qweight_scale() const;
+  /// The weight's scales, row-major: 1 per tensor, out_features per channel, float16 ones per group.
+  bitcore::ConstVectorView qweight_scale() const;
   /// The bias, or none.
   bitcore::ConstVectorView bias() const;
 

@@ -95,11 +95,11 @@ def _cases(device: torch.device) -> Iterator[_Case]:
 
 def _expected(config: BitQuantConfig, case: _Case) -> tuple[Tensor, Tensor]:
     """The contract's y, and how far a float32 kernel may be from it."""
-    weight_per_channel = config.flags[0]
-    scale, qweight = native.prepare_weights(case.weight, weight_per_channel)
-    y = native.torch_bitlinear(case.x, scale, qweight, case.bias, *config.flags)
+    scale, qweight = native.prepare_weights(case.weight, config.flags[0], "auto", config.weight_group_size)
+    y = native.torch_bitlinear(case.x, scale, qweight, case.bias, *config.operator_arguments())
     codes = native.unpack_weights(qweight, case.weight.shape[1])
-    magnitude = (case.x.double().abs() @ codes.double().abs().t()) * scale.double().reshape(-1)
+    weight = native.dequantize_weight(codes, scale, config.flags[0], config.weight_group_size)
+    magnitude = case.x.double().abs() @ weight.double().abs().t()
     summation = (case.weight.shape[1] + 4) * 2.0**-23 * magnitude
     rounding = torch.finfo(y.dtype).eps * y.double().abs() + torch.finfo(y.dtype).tiny
     return y, summation + rounding

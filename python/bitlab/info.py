@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bitcore.config import BitQuantConfig, all_configs
+from bitcore.config import DEFAULT_GROUP_SIZE, BitQuantConfig, all_configs
 from bitcore.exceptions import KernelNotFoundError
 from bitcore.kernels.base import BitKernelBase
 from bitcore.kernels.builtin import CPU_FEATURES, FAMILY_NAMES
@@ -52,8 +52,12 @@ def _config_table() -> Table:
     for column in ("weights", "activations", "kernel", "why"):
         table.add_column(column, overflow="fold")
     for config in all_configs():
+        if config.group_size != DEFAULT_GROUP_SIZE:
+            continue  # Every kernel that covers one size covers them all.
         activations = f"{config.activation_dtype} {config.activation_granularity}"
-        table.add_row(config.weight_granularity, activations, *explain(config))
+        grouped = config.weight_granularity == "per_group"
+        weights = f"per_group of {config.group_size}" if grouped else config.weight_granularity
+        table.add_row(weights, activations, *explain(config))
     return table
 
 

@@ -87,8 +87,8 @@ class BitLinear(nn.Linear):
       place through `weight.data` or a NumPy view, or by another process in shared memory), and any such change on
       another device than the CPU, needs a `train()` to take effect.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
-      (float32, also through `half()` and `to(dtype)`). The layer is 16 times smaller and its weight is frozen: it
-      computes the same in training and in evaluation mode, and x and bias still receive gradients.
+      (float32, float16 per group, also through `half()` and `to(dtype)`). The layer is 16 times smaller and its weight
+      is frozen: it computes the same in training and in evaluation mode, and x and bias still receive gradients.
 
     The state that `load_state_dict()` is given decides: a deployed one makes the layer deployed, a trainable one
     makes it trainable again, with a new parameter that no optimizer knows yet. A tensor that does not fit or is
@@ -119,8 +119,8 @@ class BitLinear(nn.Linear):
     Attributes:
         weight: (out_features, in_features); None once deployed.
         qweight: uint8, packed; None until deployed.
-        qweight_scale: float32, () or (out_features,); None until deployed.
-        quant_config: May be replaced; once deployed `weight_granularity` has to stay.
+        qweight_scale: float32, () or (out_features,), or float16 (out_features, groups); None until deployed.
+        quant_config: May be replaced; once deployed `weight_granularity` and `group_size` have to stay.
 
     Raises:
         QuantizationError: a size that is no integer, below 1 or too large (in_features: above 2^24 - 1), a dtype (or a
@@ -282,7 +282,10 @@ class BitLinear(nn.Linear):
         if activations != "float32":
             activations += f" {config.activation_granularity}"
         state = ", deployed" if self.is_deployed else ""
-        return f"{super().extra_repr()}, weight=ternary {config.weight_granularity}, activations={activations}{state}"
+        weight: str = config.weight_granularity
+        if weight == "per_group":
+            weight += f" of {config.group_size}"
+        return f"{super().extra_repr()}, weight=ternary {weight}, activations={activations}{state}"
 
     def _packed_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """qweight_scale and qweight of a copy that is up to date."""
@@ -346,8 +349,8 @@ class BitLinear(nn.Linear):
             self._expect_trainable_state(prefix, found["weight"])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.qweight_scale is not None and self.qweight is not None:  # With assign=True the loaded tensors.
-            shape = _scale_shape(self.out_features, self.quant_config)
-            self.qweight_scale = _ordinary(self.qweight_scale).to(torch.float32).reshape(shape)
+            shape = self.quant_config.weight_scale_shape(self.out_features, self.in_features)
+            self.qweight_scale = _ordinary(self.qweight_scale).to(_scale_dtype(self.quant_config)).reshape(shape)
             self.qweight = _ordinary(self.qweight)
 
     def _expect_deployed_state(self, prefix: str, found: dict[str, Tensor | None]) -> None:
@@ -361,9 +364,10 @@ class BitLinear(nn.Linear):
         self._check_qweight_scale(prefix + "qweight_scale", qweight_scale)
         if not self.is_deployed:
             device = self.weight.device
-            shape = _scale_shape(self.out_features, self.quant_config)
+            shape = self.quant_config.weight_scale_shape(self.out_features, self.in_features)
             with torch.inference_mode(False):  # Autograd may have to save them.
-                self._become_deployed(torch.ones(shape, device=device), torch.empty_like(qweight, device=device))
+                scale = torch.ones(shape, dtype=_scale_dtype(self.quant_config), device=device)
+                self._become_deployed(scale, torch.empty_like(qweight, device=device))
 
     def _expect_trainable_state(self, prefix: str, weight: Tensor) -> None:
         _check_values(prefix + "weight", weight)
@@ -381,11 +385,16 @@ class BitLinear(nn.Linear):
 
     def _check_qweight_scale(self, name: str, scale: Tensor) -> None:
         granularity = self.quant_config.weight_granularity
-        expected = _scale_shape(self.out_features, self.quant_config)
+        expected = self.quant_config.weight_scale_shape(self.out_features, self.in_features)
         shape = tuple(scale.shape)
         if shape != expected and not (expected == () and shape == (1,)):
-            raise QuantizationError(f"{name} has shape {shape}, expected {expected}: weight_granularity={granularity}")
+            groups = f", group_size={self.quant_config.group_size}" if granularity == "per_group" else ""
+            raise QuantizationError(
+                f"{name} has shape {shape}, expected {expected}: weight_granularity={granularity}{groups}"
+            )
         _check_dtype(name, scale)
+        if granularity == "per_group" and scale.dtype != torch.float16:
+            raise QuantizationError(f"{name} has dtype {scale.dtype}, expected torch.float16 for scales per group")
         if not scale.is_meta and not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise QuantizationError(f"{name} holds a scale that is not finite and positive")
 
@@ -491,8 +500,8 @@ def _check_one_device(tensors: dict[str, Tensor | None]) -> None:
         raise QuantizationError(f"state_dict has {where}, expected one device")
 
 
-def _scale_shape(out_features: int, config: BitQuantConfig) -> tuple[int, ...]:
-    return (out_features,) if config.weight_granularity == "per_channel" else ()
+def _scale_dtype(config: BitQuantConfig) -> torch.dtype:
+    return torch.float16 if config.weight_granularity == "per_group" else torch.float32
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class BitModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, `quant_config` as a dict of its own."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"quant_config": self.quant_config.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -47,8 +47,8 @@ class BitModelConfig:
         arguments = dict(values)
         try:
             if isinstance(quant_config := arguments.get("quant_config"), Mapping):
-                arguments["quant_config"] = BitQuantConfig(**quant_config)
-            return cls(**_numbers_of_fields(cls, arguments))
+                arguments["quant_config"] = BitQuantConfig(**numbers_of_fields(BitQuantConfig, dict(quant_config)))
+            return cls(**numbers_of_fields(cls, arguments))
         except TypeError as error:
             raise QuantizationError(f"{cls.__name__}: {error}") from error
 
@@ -107,7 +107,7 @@ def same_value(left: str, right: str) -> bool:
     return all(type(number) in (int, float) for number in numbers) and numbers[0] == numbers[1]
 
 
-def _numbers_of_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def numbers_of_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     """JSON has one kind of number, and writers differ: 3.0 is an integer there, and 0 a fraction."""
     try:
         hints = get_type_hints(cls)

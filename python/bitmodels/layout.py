@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitlayers import BitLinear
+from bitmodels.config import numbers_of_fields
 
 _QUANT_FIELDS = tuple(field.name for field in dataclasses.fields(BitQuantConfig))
 
@@ -24,18 +25,16 @@ class Layout:
         tied_tensors: Of every tensor that shares the memory of another: that other's name, under which it is stored.
     """
 
-    module_configs: dict[str, dict[str, str]] | None = None
+    module_configs: dict[str, dict[str, Any]] | None = None
     tied_tensors: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, state: Mapping[str, Tensor], quant_config: BitQuantConfig) -> Self:
         """Of a model whose `state_dict(keep_vars=True)` is `state`."""
-        expected = dataclasses.asdict(quant_config)
-        configs = {name: dataclasses.asdict(layer.quant_config) for name, layer in _ternary_layers(model)}
         differing = {
-            name: {field: value for field, value in config.items() if value != expected[field]}
-            for name, config in configs.items()
-            if config != expected
+            name: layer.quant_config.fields_unlike(quant_config)
+            for name, layer in _ternary_layers(model)
+            if layer.quant_config != quant_config
         }
         return cls(differing, _ties(state))
 
@@ -83,8 +82,8 @@ class Layout:
         if unknown := set(self.module_configs) - set(layers):
             raise QuantizationError(f"module_configs names {sorted(unknown)}, which are no ternary layers of the model")
         for name, layer in layers.items():
-            fields: dict[str, Any] = {**dataclasses.asdict(quant_config), **self.module_configs.get(name, {})}
-            layer.quant_config = BitQuantConfig(**fields)
+            fields = numbers_of_fields(BitQuantConfig, self.module_configs.get(name, {}))
+            layer.quant_config = quant_config.with_fields(fields)
 
     def complete(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All tensors of the model: those that are stored, and those that are tied to them.

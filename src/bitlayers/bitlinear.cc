@@ -21,19 +21,21 @@ using bitcore::bitlinear::PreparedWeights;
 struct BitLinear::Memory {
   ConstMatrixView qweight;
   ConstVectorView bias;
-  std::vector<float> scale;
+  ConstVectorView scale;
   std::shared_ptr<const void> owner;
 };
 
 namespace {
 
-void check_scale(std::span<const float> scale, std::int64_t out_features, const BitQuantConfig& config) {
-  bitcore::check_span(scale, "qweight_scale");
-  bitcore::check_size(static_cast<std::int64_t>(scale.size()), bitcore::weight_scale_size(out_features, config),
-                      "qweight_scale");
-  for (const float value : scale) {
-    if (!std::isfinite(value) || value <= 0) {
-      bitcore::fail("qweight_scale holds ", value, ", expected finite and positive scales");
+void check_scale(ConstVectorView scale, std::int64_t out_features, std::int64_t in_features,
+                 const BitQuantConfig& config) {
+  bitcore::check_dtype(scale.dtype, bitcore::weight_scale_dtype(config), "qweight_scale");
+  bitcore::check_size(scale.size, bitcore::weight_scale_size(out_features, in_features, config), "qweight_scale");
+  bitcore::check_view(scale, "qweight_scale");
+  const bitcore::FloatVector values(scale);
+  for (std::int64_t i = 0; i < values.size(); ++i) {
+    if (!std::isfinite(values[i]) || values[i] <= 0) {
+      bitcore::fail("qweight_scale holds ", values[i], ", expected finite and positive scales");
     }
   }
 }
@@ -86,11 +88,37 @@ ConstVectorView bias_of(const LayerTensors& tensors, std::int64_t out_features) 
   return bias;
 }
 
-std::vector<float> scale_of(const LayerTensors& tensors, std::int64_t out_features, const BitQuantConfig& config) {
+// Scales and what owns them: of groups the tensor of the file, otherwise a float32 copy.
+struct OwnedScale {
+  ConstVectorView values;
+  std::shared_ptr<const void> owner;
+};
+
+OwnedScale copied(bitcore::FloatVector scale) {
+  auto owner = std::make_shared<const bitcore::FloatVector>(std::move(scale));
+  return {*owner, owner};
+}
+
+OwnedScale scale_of(const std::shared_ptr<const bitcore::SafetensorsFile>& file, const LayerTensors& tensors,
+                    std::int64_t out_features, std::int64_t in_features, const BitQuantConfig& config) {
   const TensorEntry& tensor = require_tensor(tensors.qweight_scale, *tensors.qweight, "qweight_scale");
-  std::vector<float> scale = tensor.floats();
-  of_file(tensor, [&] { check_scale(scale, out_features, config); });
+  OwnedScale scale;
+  if (config.weight_granularity == bitcore::Granularity::per_group) {
+    const ConstMatrixView matrix = tensor.matrix();
+    check_file_shape(tensor, matrix, out_features, bitcore::weight_groups(in_features, config));
+    scale = {{matrix.data, matrix.dtype, matrix.rows * matrix.cols}, file};
+  } else {
+    scale = copied(bitcore::FloatVector(tensor.floats()));
+  }
+  of_file(tensor, [&] { check_scale(scale.values, out_features, in_features, config); });
   return scale;
+}
+
+// Two owners as one.
+std::shared_ptr<const void> both(std::shared_ptr<const void> first, std::shared_ptr<const void> second) {
+  if (first == nullptr || first == second) return second;
+  using Pair = std::pair<std::shared_ptr<const void>, std::shared_ptr<const void>>;
+  return std::make_shared<const Pair>(std::move(first), std::move(second));
 }
 
 const TensorEntry* find_tensor(const bitcore::SafetensorsFile& file, const std::string& name) {
@@ -108,7 +136,7 @@ LayerTensors LayerTensors::find(const bitcore::SafetensorsFile& file, std::strin
 BitLinear::BitLinear(std::shared_ptr<const Memory> memory, std::int64_t in_features, const BitQuantConfig& config,
                      Verify verify)
     : config_(config), shape_(check_weight(memory->qweight, in_features, verify)), memory_(std::move(memory)) {
-  check_scale(memory_->scale, shape_.out_features, config);
+  check_scale(memory_->scale, shape_.out_features, shape_.in_features, config);
   check_bias(memory_->bias, shape_.out_features);
 }
 
@@ -118,6 +146,7 @@ BitLinear::BitLinear(PreparedWeights weights, ConstVectorView bias, const BitQua
 std::shared_ptr<const BitLinear::Memory> BitLinear::own(PreparedWeights& weights, ConstVectorView bias) {
   struct Owned {
     std::vector<std::uint8_t> qweight;
+    bitcore::FloatVector scale;
     std::vector<std::byte> bias;
   };
   bitcore::check_size(static_cast<std::int64_t>(weights.qweight.size()), weights.shape.bytes(), "qweight");
@@ -126,10 +155,12 @@ std::shared_ptr<const BitLinear::Memory> BitLinear::own(PreparedWeights& weights
   const std::size_t bias_size = static_cast<std::size_t>(bias.size) * bitcore::size_of(bias.dtype);
   auto owned = std::make_shared<Owned>();
   owned->qweight = std::move(weights.qweight);
+  owned->scale = std::move(weights.scale);
   owned->bias.assign(bias_bytes, bias_bytes + bias_size);
   const ConstMatrixView qweight(owned->qweight.data(), weights.shape.out_features, weights.shape.row_bytes());
   if (bias) bias.data = owned->bias.data();
-  return std::make_shared<const Memory>(Memory{qweight, bias, std::move(weights.scale), std::move(owned)});
+  const ConstVectorView scale = owned->scale;
+  return std::make_shared<const Memory>(Memory{qweight, bias, scale, std::move(owned)});
 }
 
 BitLinear BitLinear::deploy(ConstMatrixView weight, ConstVectorView bias, const BitQuantConfig& config,
@@ -137,12 +168,16 @@ BitLinear BitLinear::deploy(ConstMatrixView weight, ConstVectorView bias, const 
   return {bitcore::bitlinear::prepare_weights(weight, config, layout, executor), bias, config};
 }
 
-BitLinear BitLinear::view(ConstMatrixView qweight, std::int64_t in_features, std::span<const float> scale,
+BitLinear BitLinear::view(ConstMatrixView qweight, std::int64_t in_features, ConstVectorView scale,
                           ConstVectorView bias, const BitQuantConfig& config, std::shared_ptr<const void> owner,
                           Verify verify) {
-  bitcore::check_span(scale, "qweight_scale");
-  return {std::make_shared<const Memory>(Memory{qweight, bias, {scale.begin(), scale.end()}, std::move(owner)}),
-          in_features, config, verify};
+  bitcore::check_view(scale, "qweight_scale");
+  if (config.weight_granularity != bitcore::Granularity::per_group) {
+    OwnedScale copy = copied(bitcore::FloatVector(scale));
+    scale = copy.values;
+    owner = both(std::move(owner), std::move(copy.owner));
+  }
+  return {std::make_shared<const Memory>(Memory{qweight, bias, scale, std::move(owner)}), in_features, config, verify};
 }
 
 BitLinear BitLinear::load(std::shared_ptr<const bitcore::SafetensorsFile> file, const LayerTensors& tensors,
@@ -154,9 +189,9 @@ BitLinear BitLinear::load(std::shared_ptr<const bitcore::SafetensorsFile> file, 
     if (qweight.rows != out_features) {
       bitcore::fail_file(tensors.qweight->name, "has ", qweight.rows, " rows, expected ", out_features);
     }
-    const std::vector<float> scale = scale_of(tensors, out_features, config);
+    const OwnedScale scale = scale_of(file, tensors, out_features, in_features, config);
     return of_file(*tensors.qweight,
-                   [&] { return view(qweight, in_features, scale, bias, config, std::move(file), verify); });
+                   [&] { return view(qweight, in_features, scale.values, bias, config, std::move(file), verify); });
   }
   if (tensors.weight == nullptr) bitcore::fail("tensors has neither weight nor qweight, expected one of them");
   const ConstMatrixView weight = tensors.weight->matrix();
@@ -174,15 +209,20 @@ std::size_t BitLinear::workspace_size(std::int64_t rows, const bitcore::bitlinea
 
 void BitLinear::add_to(bitcore::SafetensorsWriter& writer, const std::string& prefix) const {
   std::vector<std::int64_t> scale_shape;  // per tensor: a scalar
-  if (config_.weight_granularity == bitcore::Granularity::per_channel) scale_shape = {out_features()};
+  const ConstVectorView scale = qweight_scale();
+  const bool grouped = config_.weight_granularity == bitcore::Granularity::per_group;
+  if (config_.weight_granularity != bitcore::Granularity::per_tensor) scale_shape = {out_features()};
+  if (grouped) scale_shape.push_back(bitcore::weight_groups(in_features(), config_));
   writer.add(prefix + "qweight", qweight());
-  writer.add(prefix + "qweight_scale", "F32", std::move(scale_shape), std::as_bytes(qweight_scale()));
+  writer.add(prefix + "qweight_scale", grouped ? "F16" : "F32", std::move(scale_shape),
+             {static_cast<const std::byte*>(scale.data),
+              static_cast<std::size_t>(scale.size) * bitcore::size_of(scale.dtype)});
   if (bias()) writer.add(prefix + "bias", bias());
 }
 
 ConstMatrixView BitLinear::qweight() const { return memory_->qweight; }
 
-std::span<const float> BitLinear::qweight_scale() const { return memory_->scale; }
+ConstVectorView BitLinear::qweight_scale() const { return memory_->scale; }
 
 ConstVectorView BitLinear::bias() const { return memory_->bias; }
 

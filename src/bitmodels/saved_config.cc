@@ -21,10 +21,12 @@ constexpr std::string_view kQuantConfig = "quant_config";
 constexpr std::string_view kModuleConfigs = "module_configs";
 constexpr std::string_view kTiedTensors = "tied_tensors";
 constexpr std::string_view kTie = "tied.";
+constexpr std::string_view kGroupSize = "group_size";  // only where it is not the default
 constexpr std::string_view kLayerConfig = ".quant_config.";
 
 bool is_quant_field(std::string_view name) {
-  return name == "weight_granularity" || name == "activation_dtype" || name == "activation_granularity";
+  return name == "weight_granularity" || name == "activation_dtype" || name == "activation_granularity" ||
+         name == kGroupSize;
 }
 
 bool is_count(std::string_view name) {
@@ -79,7 +81,7 @@ class Flattener {
   void add_quant_config(const std::string& prefix, const Json& values) {
     for (const auto& [field, value] : values.items()) {
       if (!is_quant_field(field)) fail_file(path_, prefix, field, " is no field of a BitQuantConfig");
-      set(prefix + field, text(prefix + field, value));
+      set(prefix + field, field == kGroupSize ? integer(prefix + field, value) : text(prefix + field, value));
     }
   }
 
@@ -231,8 +233,16 @@ bitcore::BitQuantConfig SavedConfig::quant_config(const std::string& prefix) con
   };
   try {
     const std::string dtype = name_of("activation_dtype");
-    return {granularity("weight_granularity"), bitcore::parse_activation_dtype(text(dtype), dtype),
-            granularity("activation_granularity")};
+    // A granularity of the layer's own comes with its own group_size, or with the default.
+    const std::string own = prefix + "quant_config.";
+    const bool is_own = fields_.contains(own + "weight_granularity") || fields_.contains(own + "group_size");
+    const std::string group_size = (is_own ? own : "quant_config.") + "group_size";
+    const bitcore::BitQuantConfig config = {
+        granularity("weight_granularity"), bitcore::parse_activation_dtype(text(dtype), dtype),
+        granularity("activation_granularity"),
+        fields_.contains(group_size) ? count(group_size) : bitcore::kDefaultGroupSize};
+    bitcore::check_config(config);
+    return config;
   } catch (const bitcore::FileError&) {
     throw;
   } catch (const bitcore::QuantizationError& error) {

@@ -123,18 +123,31 @@ inline Vector vector(const OptionalTensor& tensor, const char* name) {
 
 struct Scale {
   at::Tensor owner;
-  std::span<const float> values;
+  ConstVectorView values;
 };
 
-/// The elements of a float32 tensor of any rank, or none.
-inline Scale scale_of(const at::Tensor& scale, const char* name) {
+/// The elements of a tensor of any rank.
+inline Scale scale_of(const at::Tensor& scale, const char* name, DType expected = DType::float32) {
   check_readable(scale, name);
-  if (scale.scalar_type() != at::kFloat) {
-    fail(name, " has dtype ", c10::getDtypeNames(scale.scalar_type()).first, ", expected float32");
+  if (scale.scalar_type() != (expected == DType::float16 ? at::kHalf : at::kFloat)) {
+    fail(name, " has dtype ", c10::getDtypeNames(scale.scalar_type()).first, ", expected ", to_string(expected));
   }
   at::Tensor owner = scale.detach().resolve_neg().contiguous();
-  const std::span values(owner.const_data_ptr<float>(), static_cast<std::size_t>(owner.numel()));
+  const ConstVectorView values(owner.const_data_ptr(), expected, owner.numel());
   return {std::move(owner), values};
+}
+
+/// Of a weight for x (*, in_features).
+inline Scale weight_scale_of(const at::Tensor& scale, const at::Tensor& x, std::int64_t out_features,
+                             const BitQuantConfig& config) {
+  if (config.weight_granularity == Granularity::per_group && scale.defined() && x.dim() > 0 && x.size(-1) > 0) {
+    const std::int64_t groups = weight_groups(x.size(-1), config);
+    if (scale.dim() != 2 || scale.size(0) != out_features || scale.size(1) != groups) {
+      fail("qweight_scale has shape ", scale.sizes(), ", expected [", out_features, ", ", groups, "] for groups of ",
+           config.group_size);
+    }
+  }
+  return scale_of(scale, "qweight_scale", weight_scale_dtype(config));
 }
 
 /// A contiguous tensor of rank 1 or more as a matrix to write, leading dimensions flattened; undefined: none.
@@ -153,6 +166,11 @@ inline at::Tensor borrowed(ConstMatrixView view) {
   const at::ScalarType dtype = view.dtype == DType::bfloat16 ? at::kBFloat16 : at::kFloat;
   return at::from_blob(const_cast<void*>(view.data), {view.rows, view.cols}, {view.row_stride, 1},
                        at::TensorOptions(dtype).device(at::kCPU));
+}
+
+/// A contiguous float32 or float16 tensor, flat.
+inline VectorView output_vector(const at::Tensor& tensor) {
+  return {tensor.mutable_data_ptr(), dtype_of(tensor, "scale"), tensor.numel()};
 }
 
 inline at::Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
@@ -184,10 +202,13 @@ inline Prepared prepare(const at::Tensor& weight, const BitQuantConfig& config, 
                         bitlinear::NonFinite non_finite) {
   const Matrix w = matrix(weight, "weight");
   const PackedShape shape = packed_shape(w.view.rows, w.view.cols, layout);
-  const bool per_channel = config.weight_granularity == Granularity::per_channel;
-  Prepared prepared = {empty(per_channel ? at::IntArrayRef{shape.out_features} : at::IntArrayRef{}, at::kFloat),
+  std::vector<std::int64_t> scale_shape;
+  if (config.weight_granularity != Granularity::per_tensor) scale_shape = {shape.out_features};
+  const bool groups = config.weight_granularity == Granularity::per_group;
+  if (groups) scale_shape.push_back(weight_groups(shape.in_features, config));
+  Prepared prepared = {empty(scale_shape, groups ? at::kHalf : at::kFloat),
                        empty({shape.out_features, shape.row_bytes()}, at::kByte)};
-  bitlinear::prepare_weights_into(w.view, config, layout, non_finite, output_floats(prepared.scale),
+  bitlinear::prepare_weights_into(w.view, config, layout, non_finite, output_vector(prepared.scale),
                                   output_rows(prepared.qweight), torch_executor());
   return prepared;
 }
@@ -220,12 +241,13 @@ inline void keep(AutogradContext& context, const at::Tensor& x, const OptionalTe
   context.saved_data["weight_granularity"] = static_cast<std::int64_t>(config.weight_granularity);
   context.saved_data["activation_dtype"] = static_cast<std::int64_t>(config.activation_dtype);
   context.saved_data["activation_granularity"] = static_cast<std::int64_t>(config.activation_granularity);
+  context.saved_data["group_size"] = config.group_size;
 }
 
 inline BitQuantConfig kept_config(AutogradContext& context) {
   const auto kept = [&](const char* name) { return context.saved_data[name].toInt(); };
   return {static_cast<Granularity>(kept("weight_granularity")), static_cast<ActivationDtype>(kept("activation_dtype")),
-          static_cast<Granularity>(kept("activation_granularity"))};
+          static_cast<Granularity>(kept("activation_granularity")), kept("group_size")};
 }
 
 /// Those that are asked for; the others are undefined.
@@ -261,7 +283,7 @@ struct Inference : ::torch::autograd::Function<Inference> {
                             const at::Tensor& qweight, const OptionalTensor& bias, const BitQuantConfig& config) {
     const Matrix rows = rows_of(x, "x");
     const Matrix weights = matrix(qweight, "qweight");
-    const Scale scale = scale_of(qweight_scale, "qweight_scale");
+    const Scale scale = weight_scale_of(qweight_scale, x, weights.view.rows, config);
     const Vector b = vector(bias, "bias");
     at::Tensor y = empty_output(x, weights.view.rows);
     bitlinear::forward(rows.view, scale.values, weights.view, b.view, config, output_rows(y), options());
@@ -273,7 +295,7 @@ struct Inference : ::torch::autograd::Function<Inference> {
   static variable_list backward(AutogradContext* context, const variable_list& gradients) {
     refuse_second_derivative();
     const variable_list saved = context->get_saved_variables();
-    const Scale scale = scale_of(saved[0], "qweight_scale");
+    const Scale scale = scale_of(saved[0], "qweight_scale", weight_scale_dtype(kept_config(*context)));
     const Matrix qweight = matrix(saved[1], "qweight");
     const Gradients found = gradients_of(*context, gradients[0], {{}, {}, qweight.view, scale.values}, -1, 3);
     return {found.dx, {}, {}, found.dbias, {}};
@@ -291,14 +313,16 @@ struct Training : ::torch::autograd::Function<Training> {
     at::Tensor qx = x, x_scale = empty({0}, at::kFloat);
     ConstMatrixView codes = rows.view;
     if (is_int8(config)) {
-      const bool per_channel = config.activation_granularity == Granularity::per_channel;
-      x_scale = per_channel ? empty(replace_last(x, 1), at::kFloat) : empty({}, at::kFloat);
+      const bool per_tensor = config.activation_granularity == Granularity::per_tensor;
+      const bool per_group = config.activation_granularity == Granularity::per_group;
+      const std::int64_t of_row = per_group ? weight_groups(rows.view.cols, config) : 1;
+      x_scale = per_tensor ? empty({}, at::kFloat) : empty(replace_last(x, of_row), at::kFloat);
       qx = empty(x.sizes(), at::kChar);
       compute_x_scale(rows.view, config, output_floats(x_scale), torch_executor());
       quantize_x(rows.view, output_floats(x_scale), config, output_rows(qx), torch_executor());
       codes = output_rows(qx);
     }
-    bitlinear::forward_quantized(codes, output_floats(x_scale), output_floats(weights.scale),
+    bitlinear::forward_quantized(codes, output_floats(x_scale), output_vector(weights.scale),
                                  output_rows(weights.qweight), b.view, config, output_rows(y), options());
     context->save_for_backward({qx, x_scale, weights.scale, weights.qweight});
     keep(*context, x, bias, config);
@@ -310,9 +334,10 @@ struct Training : ::torch::autograd::Function<Training> {
     refuse_second_derivative();
     const variable_list saved = context->get_saved_variables();
     const Matrix qx = rows_of(saved[0], "x"), qweight = matrix(saved[3], "qweight");
-    const Scale x_scale = scale_of(saved[1], "x_scale"), scale = scale_of(saved[2], "qweight_scale");
+    const Scale x_scale = scale_of(saved[1], "x_scale");
+    const Scale scale = scale_of(saved[2], "qweight_scale", weight_scale_dtype(kept_config(*context)));
     const Gradients found =
-        gradients_of(*context, gradients[0], {qx.view, x_scale.values, qweight.view, scale.values}, 1, 2);
+        gradients_of(*context, gradients[0], {qx.view, x_scale.values.floats(), qweight.view, scale.values}, 1, 2);
     return {found.dx, found.dweight, found.dbias, {}};
   }
 };
@@ -321,7 +346,7 @@ struct Training : ::torch::autograd::Function<Training> {
 
 /// Weights ready for inference, as bitlinear::PreparedWeights.
 struct PreparedWeights {
-  at::Tensor scale;    ///< float32, () per tensor, (out_features,) per channel.
+  at::Tensor scale;  ///< float32, () per tensor, (out_features,) per channel; float16 (out_features, groups) per group.
   at::Tensor qweight;  ///< uint8 (out_features, packed_shape().row_bytes()): the bytes that Python reads and writes.
 };
 
@@ -336,7 +361,8 @@ inline PreparedWeights prepare_weights(const at::Tensor& weight, const BitQuantC
 
 /// Inference. x and bias get their gradients.
 /// @param x (*, in_features), float32, bfloat16 or float16; also of rank 1, also without rows.
-/// @param qweight_scale float32; one element per tensor, (out_features,) or (out_features, 1) per channel.
+/// @param qweight_scale float32; one element per tensor, (out_features,) or (out_features, 1) per channel; float16
+///     (out_features, groups) per group.
 /// @param qweight As prepare_weights returns it, or int8 codes (out_features, in_features), which are packed on every
 ///     call (slow).
 /// @param bias (out_features,), floating; undefined: none.
@@ -421,7 +447,7 @@ class BitLinearImpl : public ::torch::nn::Module {
   BitQuantConfig config;     ///< Once deployed, weight_granularity has to stay.
   at::Tensor weight;         ///< (out_features, in_features); undefined once deployed.
   at::Tensor bias;           ///< (out_features,), or undefined.
-  at::Tensor qweight_scale;  ///< float32, whatever the layer is cast to; undefined until deployed.
+  at::Tensor qweight_scale;  ///< As PreparedWeights::scale, whatever the layer is cast to; undefined until deployed.
   at::Tensor qweight;        ///< uint8; undefined until deployed.
 
  private:

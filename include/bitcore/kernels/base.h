@@ -17,16 +17,19 @@ namespace bitcore {
 
 /// The arguments of one call, already validated against each other.
 struct LinearArgs {
-  ConstMatrixView x;                     ///< Floating (M, in_features), or int8 codes where x_scale is given.
-  std::span<const float> x_scale;        ///< Empty: the kernel quantizes x itself.
-  std::span<const float> qweight_scale;  ///< 1 or out_features floats.
-  ConstMatrixView qweight;  ///< Packed, in the standard form; its trailer is right, its codes are not checked.
-  PackedShape shape;        ///< Of qweight: what its trailer says.
-  ConstVectorView bias;     ///< Floating, or none.
-  BitQuantConfig config;    ///< Which the kernel is compatible with.
-  MatrixView y;             ///< Floating (M, out_features).
-  Executor* executor;       ///< Never null.
+  ConstMatrixView x;               ///< Floating (M, in_features), or int8 codes where x_scale is given.
+  std::span<const float> x_scale;  ///< Empty: the kernel quantizes x itself.
+  ConstVectorView qweight_scale;   ///< weight_scale_size() elements of weight_scale_dtype().
+  ConstMatrixView qweight;         ///< Packed, in the standard form; its trailer is right, its codes are not checked.
+  PackedShape shape;               ///< Of qweight: what its trailer says.
+  ConstVectorView bias;            ///< Floating, or none.
+  BitQuantConfig config;           ///< Which the kernel is compatible with.
+  MatrixView y;                    ///< Floating (M, out_features).
+  Executor* executor;              ///< Never null.
   std::span<std::byte> workspace = {};  ///< At least workspace_size() bytes, of any alignment; or empty.
+  /// Scales per group, of which there are many, have not been looked at: the kernel finds those that are not finite and
+  /// positive.
+  bool check_scales = false;
 };
 
 /// Base class of every kernel. A kernel reads the standard packed form, keeps no state between calls, and is called by
@@ -59,7 +62,8 @@ class BitKernelBase {
   }
 
   /// Computes args.y by the contract.
-  /// @throws QuantizationError where the payload of qweight holds an invalid code (y is then unspecified).
+  /// @throws QuantizationError where the payload of qweight holds an invalid code, or with check_scales a scale is not
+  /// finite and positive (y is then unspecified).
   virtual void operator()(const LinearArgs& args) const = 0;
 
   /// How many tiles this kernel has computed: proof of which kernel ran.

@@ -19,29 +19,41 @@ namespace bitcore {
 /// Smallest scale of a weight and smallest absmax of an activation.
 inline constexpr float kScaleFloor = 1e-5f;
 
-/// Number of weight scales: 1 per tensor, `out_features` per channel.
-std::int64_t weight_scale_size(std::int64_t out_features, const BitQuantConfig& config);
+/// Smallest scale of a group of weights: the smallest normal float16.
+inline constexpr float kGroupScaleFloor = 0x1p-14f;
 
-/// Number of activation scales: 1 per tensor (and for float32 activations), `rows` per channel.
-std::int64_t x_scale_size(std::int64_t rows, const BitQuantConfig& config);
+/// Groups of a row: ceil(in_features / group_size) where the weight's scales are per group, otherwise 1.
+std::int64_t weight_groups(std::int64_t in_features, const BitQuantConfig& config);
 
-/// absmean: max(float32(sum|W| / n), 1e-5), the float64 sum in the fixed order of docs/contract.md.
-/// NaN where a weight that it covers is NaN or infinite.
+/// Number of weight scales: 1 per tensor, `out_features` per channel, `out_features * weight_groups` per group (in
+/// row-major order).
+std::int64_t weight_scale_size(std::int64_t out_features, std::int64_t in_features, const BitQuantConfig& config);
+
+/// float32; float16 where they are per group.
+DType weight_scale_dtype(const BitQuantConfig& config);
+
+/// Number of activation scales, which are float32: 1 per tensor, `rows` per channel, `rows * weight_groups` per group.
+std::int64_t x_scale_size(std::int64_t rows, std::int64_t in_features, const BitQuantConfig& config);
+
+/// absmean: max(float32(sum|W| / n), 1e-5), the float64 sum in the fixed order of docs/contract.md; of a group
+/// float16(max(float32(sum|W| / n), 2^-14)).
+/// NaN where a weight that it covers is NaN or infinite, or where the mean of a group is above 65,504, the largest
+/// float16.
 /// @param weight (out_features, in_features), floating.
-void compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config, std::span<float> scale,
+/// @param scale weight_scale_size() elements of weight_scale_dtype().
+void compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config, VectorView scale,
                           Executor& executor = serial_executor());
 
 /// The same into a new vector.
-std::vector<float> compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config);
+FloatVector compute_weight_scale(ConstMatrixView weight, const BitQuantConfig& config);
 
 /// clamp(round(W / scale), -1, 1) as int8; 0 where the quotient is NaN.
-void quantize_weight(ConstMatrixView weight, std::span<const float> scale, const BitQuantConfig& config,
-                     MatrixView qweight, Executor& executor = serial_executor());
+void quantize_weight(ConstMatrixView weight, ConstVectorView scale, const BitQuantConfig& config, MatrixView qweight,
+                     Executor& executor = serial_executor());
 
 /// qweight * scale as float32.
 /// @param qweight int8 (out_features, in_features).
-void dequantize_weight(ConstMatrixView qweight, std::span<const float> scale, const BitQuantConfig& config,
-                       MatrixView weight);
+void dequantize_weight(ConstMatrixView qweight, ConstVectorView scale, const BitQuantConfig& config, MatrixView weight);
 
 /// max(absmax, 1e-5) / 127; NaN where x has a NaN or an infinity among the elements that it covers.
 /// float32 activations: 1.

@@ -54,14 +54,15 @@ class BitKernelBase:
             quant_config: The quantization schema.
 
         Returns:
-            qweight_scale, float32: () per_tensor, (out_features,) per_channel; and qweight, uint8.
+            qweight_scale, float32: () per_tensor, (out_features,) per_channel; float16 (out_features, groups)
+            per_group; and qweight, uint8.
 
         Raises:
             QuantizationError: wrong rank or dtype, a NaN or an infinity in the weight.
         """
-        return native.call(
-            native.prepare_weights, native.detached("weight", weight), require_config(quant_config).flags[0]
-        )
+        config = require_config(quant_config)
+        weight = native.detached("weight", weight)
+        return native.call(native.prepare_weights, weight, config.flags[0], "auto", config.weight_group_size)
 
     def accepts(self, qweight: Tensor) -> bool:
         """Whether qweight is in the form that the kernel reads.

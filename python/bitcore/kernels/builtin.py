@@ -14,13 +14,13 @@ class NativeKernel(OperatorKernel):
 
     device_types = ("cpu",)
 
-    def __init__(self, name: str, requirement: str, path: str, supported: bool, configs: list[list[bool]]) -> None:
+    def __init__(self, name: str, requirement: str, path: str, supported: bool, configs: list[list[Any]]) -> None:
         super().__init__()
         self.name = name
         self.requirement = requirement
         self.path = path
         self._supported = supported
-        self._configs = frozenset(tuple(flags) for flags in configs)
+        self._configs = frozenset(BitQuantConfig(*arguments) for arguments in configs)
 
     def is_supported(self) -> bool:
         """Whether this CPU has what the kernel needs."""
@@ -28,7 +28,7 @@ class NativeKernel(OperatorKernel):
 
     def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
         """Whether the kernel computes this config."""
-        return quant_config.flags in self._configs
+        return quant_config in self._configs
 
 
 _engine: dict[str, Any] = json.loads(native.list_kernels())

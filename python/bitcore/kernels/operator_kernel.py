@@ -25,16 +25,15 @@ class OperatorKernel(BitKernelBase):
         quant_config: BitQuantConfig | None = None,
     ) -> Tensor:
         """As BitKernelBase; under autocast y has the autocast dtype. x and bias get their gradients."""
-        flags = require_config(quant_config).flags
+        config = require_config(quant_config)
         checks.given(x=x, qweight_scale=qweight_scale, qweight=qweight)
-        return native.infer(
-            self.inference_op, x, qweight_scale, qweight, bias, *flags, native.autocast_dtype(x), self.name
-        )
+        rest = config.operator_arguments(native.autocast_dtype(x), self.name)
+        return native.infer(self.inference_op, x, qweight_scale, qweight, bias, *rest)
 
     def train(self, x: Tensor, weight: Tensor, bias: Tensor | None, quant_config: BitQuantConfig) -> Tensor:
         """The training forward: y as inference on the prepared weight returns it, with straight-through gradients."""
-        flags = quant_config.flags
-        return native.train(self.training_op, x, weight, bias, *flags, native.autocast_dtype(x), self.name)
+        rest = quant_config.operator_arguments(native.autocast_dtype(x), self.name)
+        return native.train(self.training_op, x, weight, bias, *rest)
 
     def accepts(self, qweight: Tensor) -> bool:
         """Packed bytes, or int8 codes, which are packed on every call (slow)."""

@@ -28,7 +28,7 @@ class Served(ABC):
 
     def prepare(self, weight: Tensor, config: BitQuantConfig, layout: str) -> tuple[Tensor, Tensor]:
         """qweight_scale and qweight; `layout` is that of the standard form."""
-        return native.call(native.prepare_weights, weight, config.flags[0], layout)
+        return native.call(native.prepare_weights, weight, config.flags[0], layout, config.weight_group_size)
 
     def takes(self, qweight: Tensor) -> bool:
         """Whether infer reads it."""
@@ -74,7 +74,7 @@ class _StandardForm(Served):
         out_dtype = native.autocast_dtype(x)
         native.refuse_tangents(x, weight, bias)
         source, _, _, qweight, scale = native.call(
-            native.torch_bitlinear_train, x, weight, bias, *config.flags, out_dtype
+            native.torch_bitlinear_train, x, weight, bias, *config.operator_arguments(out_dtype)
         )
         with torch.no_grad():
             value = _call(self.kernel, x, scale, qweight, bias, config, source.shape, out_dtype)
@@ -83,14 +83,16 @@ class _StandardForm(Served):
     def infer(self, x: Tensor, scale: Tensor, qweight: Tensor, bias: Tensor | None, config: BitQuantConfig) -> Tensor:
         native.refuse_tangents(x, bias)
         out_dtype = native.autocast_dtype(x)
-        shape, _ = checks.inference(x, scale, qweight, bias, config.flags[0], out_dtype)
+        weight_scales = config.flags[0], config.weight_group_size
+        shape, _ = checks.inference(x, scale, qweight, bias, *weight_scales, out_dtype)
         packed = qweight if qweight.dtype == torch.uint8 else native.call(native.pack_weights, qweight)
         scale = native.call(native.checked_scale, scale.detach(), packed, x.shape[-1])
         with torch.no_grad():
             value = _call(self.kernel, x, scale, packed, bias, config, shape, out_dtype)
         if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
             return value
-        source = native.call(native.torch_bitlinear, x, scale, packed, bias, *config.flags, out_dtype)
+        rest = config.operator_arguments(out_dtype)
+        source = native.call(native.torch_bitlinear, x, scale, packed, bias, *rest)
         return native.attach_gradient(value, source)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bitcore.config import GROUP_SIZES
 from bitcore.exceptions import KernelNotFoundError, QuantizationError
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,31 +132,60 @@ def same_device(x_name: str, x: Tensor, /, **others: Tensor | None) -> None:
             require(tensor.device == x.device, f"{name} is on {tensor.device}, {x_name} is on {x.device}")
 
 
-def weight_scale(name: str, scale: Tensor, out_features: int, per_channel: bool) -> None:
-    """float32; any one element per tensor, (out_features,) or (out_features, 1) per channel."""
+def group_size(size: int, per_channel: bool) -> None:
+    """0 (no groups), or a size that exists, where scales are not per channel."""
+    require(size in (0, *GROUP_SIZES), f"group_size is {size}, expected 32, 64, 128 or 256")
+    require(not (size and per_channel), f"group_size is {size}, and scales are per channel: expected one of the two")
+
+
+def weight_scale_shape(out_features: int, in_features: int, per_channel: bool, group_size: int) -> list[int]:
+    """() per tensor, (out_features,) per channel, (out_features, groups) per group."""
+    if group_size:
+        return [out_features, ceil_div(in_features, group_size)]
+    return [out_features] if per_channel else []
+
+
+def weight_scale(
+    name: str, scale: Tensor, out_features: int, in_features: int, per_channel: bool, group_size: int
+) -> None:
+    """float32; any one element per tensor, (out_features,) or (out_features, 1) per channel.
+
+    float16 (out_features, groups) per group.
+    """
     dense(name, scale)
-    require(scale.dtype == torch.float32, f"{name} has dtype {name_of(scale.dtype)}, expected float32")
+    dtype = torch.float16 if group_size else torch.float32
+    require(scale.dtype == dtype, f"{name} has dtype {name_of(scale.dtype)}, expected {name_of(dtype)}")
     shape = tuple(scale.shape)
-    if per_channel:
+    if group_size:
+        expected = tuple(weight_scale_shape(out_features, in_features, False, group_size))
+        require(
+            shape == expected,
+            f"{name} has shape {shape}, expected {expected} for weights of {in_features} in_features in groups of "
+            f"{group_size}",
+        )
+    elif per_channel:
         fits = shape == (out_features,) or shape == (out_features, 1)
         require(fits, f"{name} has shape {shape}, expected ({out_features},) for per_channel weights")
     else:
         require(scale.numel() == 1, f"{name} has shape {shape}, expected one element for per_tensor weights")
 
 
-def x_scale_shape(x: Tensor, per_channel: bool) -> list[int]:
-    """() per tensor, (*, 1) per channel."""
+def x_scale_shape(x: Tensor, per_channel: bool, group_size: int = 0) -> list[int]:
+    """() per tensor, (*, 1) per channel, (*, groups) per group."""
+    if group_size:
+        return [*x.shape[:-1], ceil_div(x.shape[-1], group_size)]
     return [*x.shape[:-1], 1] if per_channel else []
 
 
-def x_scale(scale: Tensor, x: Tensor, per_channel: bool) -> None:
-    """float32; any one element per tensor, (*, 1) per channel."""
+def x_scale(scale: Tensor, x: Tensor, per_channel: bool, group_size: int = 0) -> None:
+    """float32; any one element per tensor, (*, 1) per channel, (*, groups) per group."""
     dense("scale", scale)
     require(scale.dtype == torch.float32, f"scale has dtype {name_of(scale.dtype)}, expected float32")
     shape = tuple(scale.shape)
-    if per_channel:
-        expected = tuple(x_scale_shape(x, True))
-        require(shape == expected, f"scale has shape {shape}, expected {expected} for per_channel activations")
+    if per_channel or group_size:
+        expected = tuple(x_scale_shape(x, per_channel, group_size))
+        what = f"per_group activations in groups of {group_size}" if group_size else "per_channel activations"
+        require(shape == expected, f"scale has shape {shape}, expected {expected} for {what}")
     else:
         require(scale.numel() == 1, f"scale has shape {shape}, expected one element for per_tensor activations")
 
@@ -221,9 +251,11 @@ def inference(
     qweight: Tensor,
     bias: Tensor | None,
     weight_per_channel: bool,
+    weight_group_size: int,
     out_dtype: torch.dtype | None,
 ) -> tuple[Sequence[int], torch.dtype]:
     """All tensors of an inference call. Returns shape and dtype of y."""
+    group_size(weight_group_size, weight_per_channel)
     same_device("x", x, qweight_scale=qweight_scale, qweight=qweight, bias=bias)
     features = activations("x", x)
     dense("qweight", qweight)
@@ -236,7 +268,7 @@ def inference(
         require(features >= 1, f"x has {features} features, expected at least 1")
         packed(qweight, features)
         in_features = features
-    weight_scale("qweight_scale", qweight_scale, out_features, weight_per_channel)
+    weight_scale("qweight_scale", qweight_scale, out_features, in_features, weight_per_channel, weight_group_size)
     return linear(x, "qweight", out_features, in_features, bias, out_dtype)
 
 
@@ -283,6 +315,7 @@ def backward(
     qweight_scale: Tensor | None,
     in_features: int,
     weight_per_channel: bool,
+    weight_group_size: int,
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
 ) -> None:
@@ -290,11 +323,12 @@ def backward(
 
     x: as the training forward kept it, int8 codes or floating. qweight: packed, int8 codes, or the floating weight.
     """
+    group_size(weight_group_size, weight_per_channel)
     same_device("dy", dy, x=x, x_scale=x_scale, qweight=qweight, qweight_scale=qweight_scale)
     floating("dy", dy)
     require(dy.ndim >= 1, "dy has 0 dimensions, expected at least 1")
     if qweight is not None:
-        _backward_weight(dy, qweight, qweight_scale, in_features, weight_per_channel)
+        _backward_weight(dy, qweight, qweight_scale, in_features, weight_per_channel, weight_group_size)
     if x is not None:
         _backward_x(dy, x, x_scale, in_features)
     require(dx_dtype is None or qweight is not None, "qweight is None, dx needs it")
@@ -302,7 +336,12 @@ def backward(
 
 
 def _backward_weight(
-    dy: Tensor, qweight: Tensor, qweight_scale: Tensor | None, in_features: int, per_channel: bool
+    dy: Tensor,
+    qweight: Tensor,
+    qweight_scale: Tensor | None,
+    in_features: int,
+    per_channel: bool,
+    weight_group_size: int,
 ) -> None:
     if qweight.dtype == torch.uint8:
         packed(qweight, in_features)
@@ -315,7 +354,7 @@ def _backward_weight(
     require(dy.shape[-1] == out_features, f"dy has {dy.shape[-1]} columns, qweight has {out_features} rows")
     if qweight_scale is None:
         raise QuantizationError("qweight_scale is None, qweight needs it")
-    weight_scale("qweight_scale", qweight_scale, out_features, per_channel)
+    weight_scale("qweight_scale", qweight_scale, out_features, in_features, per_channel, weight_group_size)
 
 
 def _backward_x(dy: Tensor, x: Tensor, x_scale: Tensor | None, in_features: int) -> None:
@@ -333,18 +372,20 @@ def plain_codes(qweight: Tensor) -> None:
     codes("qweight", qweight)
 
 
-def weight_and_scale(weight: Tensor, scale: Tensor, per_channel: bool) -> None:
+def weight_and_scale(weight: Tensor, scale: Tensor, per_channel: bool, weight_group_size: int) -> None:
     """A floating weight (N, K) and its scale."""
+    group_size(weight_group_size, per_channel)
     floating("weight", weight)
     same_device("weight", weight, scale=scale)
-    weight_scale("scale", scale, matrix("weight", weight)[0], per_channel)
+    weight_scale("scale", scale, *matrix("weight", weight), per_channel, weight_group_size)
 
 
-def qweight_and_scale(qweight: Tensor, scale: Tensor, per_channel: bool) -> None:
+def qweight_and_scale(qweight: Tensor, scale: Tensor, per_channel: bool, weight_group_size: int) -> None:
     """int8 codes (N, K) and their scale."""
+    group_size(weight_group_size, per_channel)
     plain_codes(qweight)
     same_device("qweight", qweight, scale=scale)
-    weight_scale("scale", scale, matrix("qweight", qweight)[0], per_channel)
+    weight_scale("scale", scale, *matrix("qweight", qweight), per_channel, weight_group_size)
 
 
 def x_of_scale(x: Tensor, int8_activations: bool) -> None:
@@ -354,17 +395,19 @@ def x_of_scale(x: Tensor, int8_activations: bool) -> None:
         columns("x", x)
 
 
-def x_and_scale(x: Tensor, scale: Tensor, per_channel: bool, name: str = "x") -> None:
+def x_and_scale(x: Tensor, scale: Tensor, per_channel: bool, x_group_size: int = 0, name: str = "x") -> None:
     """A floating x (*, K) and its scale."""
+    group_size(x_group_size, per_channel)
     floating(name, x)
     columns(name, x)
     same_device(name, x, scale=scale)
-    x_scale(scale, x, per_channel)
+    x_scale(scale, x, per_channel, x_group_size)
 
 
-def qx_and_scale(qx: Tensor, scale: Tensor, per_channel: bool) -> None:
+def qx_and_scale(qx: Tensor, scale: Tensor, per_channel: bool, x_group_size: int = 0) -> None:
     """int8 codes (*, K) and their scale."""
+    group_size(x_group_size, per_channel)
     codes("qx", qx)
     columns("qx", qx)
     same_device("qx", qx, scale=scale)
-    x_scale(scale, qx, per_channel)
+    x_scale(scale, qx, per_channel, x_group_size)

@@ -178,8 +178,10 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"bitcore::{name}", lib=_lib)
 
 
-def _weight_scale_like(weight: Tensor, per_channel: bool) -> Tensor:
-    return weight.new_empty([weight.shape[0]] if per_channel else [], dtype=torch.float32)
+def _weight_scale_like(weight: Tensor, per_channel: bool, group_size: int) -> Tensor:
+    checks.group_size(group_size, per_channel)
+    shape = checks.weight_scale_shape(weight.shape[0], weight.shape[1], per_channel, group_size)
+    return weight.new_empty(shape, dtype=torch.float16 if group_size else torch.float32)
 
 
 def _packed_like(weight: Tensor, layout: str = "auto") -> Tensor:
@@ -189,47 +191,48 @@ def _packed_like(weight: Tensor, layout: str = "auto") -> Tensor:
 
 
 @_fake("compute_weight_scale")
-def _(weight: Tensor, per_channel: bool) -> Tensor:
+def _(weight: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
     checks.floating("weight", weight)
     checks.matrix("weight", weight)
-    return _weight_scale_like(weight, per_channel)
+    return _weight_scale_like(weight, per_channel, group_size)
 
 
 @_fake("quantize_weight")
-def _(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.weight_and_scale(weight, scale, per_channel)
+def _(weight: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.weight_and_scale(weight, scale, per_channel, group_size)
     return weight.new_empty(weight.shape, dtype=torch.int8)
 
 
 @_fake("dequantize_weight")
-def _(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.qweight_and_scale(qweight, scale, per_channel)
+def _(qweight: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.qweight_and_scale(qweight, scale, per_channel, group_size)
     return qweight.new_empty(qweight.shape, dtype=torch.float32)
 
 
 @_fake("compute_x_scale")
-def _(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
+def _(x: Tensor, int8_activations: bool, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.group_size(group_size, per_channel)
     checks.x_of_scale(x, int8_activations)
-    return x.new_empty(checks.x_scale_shape(x, per_channel), dtype=torch.float32)
+    return x.new_empty(checks.x_scale_shape(x, per_channel, group_size), dtype=torch.float32)
 
 
 @_fake("quantize_x")
-def _(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.x_and_scale(x, scale, per_channel)
+def _(x: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.x_and_scale(x, scale, per_channel, group_size)
     return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @_fake("dequantize_x")
-def _(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.qx_and_scale(qx, scale, per_channel)
+def _(qx: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.qx_and_scale(qx, scale, per_channel, group_size)
     return qx.new_empty(qx.shape, dtype=torch.float32)
 
 
 @_fake("prepare_weights")
-def _(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, per_channel: bool, layout: str = "auto", group_size: int = 0) -> tuple[Tensor, Tensor]:
     checks.floating("weight", weight)
     checks.matrix("weight", weight)
-    return _weight_scale_like(weight, per_channel), _packed_like(weight, layout)
+    return _weight_scale_like(weight, per_channel, group_size), _packed_like(weight, layout)
 
 
 @_fake("pack_weights")
@@ -270,8 +273,10 @@ def _fake_bitlinear(
     x_per_channel: bool,
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> Tensor:
-    shape, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    shape, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, group_size, out_dtype)
     return x.new_empty(shape, dtype=dtype)
 
 
@@ -284,15 +289,18 @@ def _fake_bitlinear_train(
     x_per_channel: bool,
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape, dtype = checks.training(x, weight, bias, out_dtype)
-    x_scale_shape = checks.x_scale_shape(x, x_per_channel) if int8_activations else [0]
+    x_group_size = group_size if x_per_group else 0
+    x_scale_shape = checks.x_scale_shape(x, x_per_channel, x_group_size) if int8_activations else [0]
     return (
         x.new_empty(shape, dtype=dtype),
         x.new_empty(x.shape if int8_activations else [0], dtype=torch.int8),
         x.new_empty(x_scale_shape, dtype=torch.float32),
         _packed_like(weight),
-        _weight_scale_like(weight, weight_per_channel),
+        _weight_scale_like(weight, weight_per_channel, group_size),
     )
 
 
@@ -308,8 +316,11 @@ def _(
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
+    wanted = dx_dtype, dweight_dtype
+    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, group_size, *wanted)
 
     def gradient(shape: list[int], dtype: torch.dtype | None) -> Tensor:
         return dy.new_empty([0] if dtype is None else shape, dtype=dtype or torch.float32)
@@ -330,6 +341,7 @@ def _(
 def _keep_for_inference(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     x, qweight_scale, qweight, bias, ctx.weight_per_channel = inputs[:5]
     ctx.save_for_backward(qweight_scale, qweight)
+    ctx.groups = tuple(inputs[9:])
     ctx.in_features, ctx.x_dtype, ctx.bias_dtype = x.shape[-1], x.dtype, None if bias is None else bias.dtype
 
 
@@ -340,10 +352,11 @@ def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx_dtype = ctx.x_dtype if needs[0] else None
     dbias_dtype = ctx.bias_dtype if needs[3] else None
     with below_autograd():
+        dtypes = dx_dtype, None, dbias_dtype
         dx, _, dbias = bitlinear_backward(
-            dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, dx_dtype, None, dbias_dtype
+            dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, *dtypes, *ctx.groups
         )
-    return dx if needs[0] else None, None, None, dbias if needs[3] else None, None, None, None, None, None
+    return dx if needs[0] else None, None, None, dbias if needs[3] else None, *_NO_GRADIENTS
 
 
 def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -354,6 +367,7 @@ def _keep_for_training(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _save_for_training(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, weight_per_channel, int8_activations = inputs[:5]
+    ctx.groups = tuple(inputs[8:])
     _, qx, x_scale, qweight, qweight_scale = output
     # A parameter lives anyway: its codes are computed anew, in little time. Another weight would be kept alive for it.
     again = isinstance(weight, torch.nn.Parameter) and not weight.is_inference()  # Those cannot be saved.
@@ -366,7 +380,7 @@ def _save_for_training(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ..
 def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     _refuse_second_derivative()
     if dy is None:
-        return (None,) * 8
+        return None, None, None, *_NO_GRADIENTS
     x, x_scale, kept_weight, qweight_scale = ctx.saved_tensors  # As in _backward_inference.
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     in_features, weight_per_channel, x_dtype, weight_dtype, bias_dtype = ctx.kept
@@ -382,6 +396,7 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
             x_dtype if needs_x else None,
             weight_dtype if needs_weight else None,
             bias_dtype if needs_bias else None,
+            *ctx.groups,
         )
     return (
         dx if needs_x else None,
@@ -391,7 +406,7 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     )
 
 
-_NO_GRADIENTS = (None,) * 5  # of the arguments after x, weight and bias
+_NO_GRADIENTS = (None,) * 7  # of the arguments after the tensors
 
 
 # An operator with its gradient as an autograd.Function: what torch makes of a registered gradient is the same for every

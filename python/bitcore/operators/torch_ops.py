@@ -15,6 +15,10 @@ from bitcore.operators import torch_packing as packing
 from bitcore.operators.torch_packing import Fault, raise_faults
 
 SCALE_FLOOR = 1e-5
+GROUP_SCALE_FLOOR = 2.0**-14
+MOST_GROUP_MEAN = 65504.0
+"""The largest float16."""
+
 _SUM_BLOCK = 4096
 _SUM_LANES = 16
 _EXACT_K = 131_071
@@ -28,14 +32,33 @@ significant bits, exact in bfloat16 and TF32 as well, and sums are kept in float
 # ---- scales and codes ------------------------------------------------------------------------------------------------
 
 
-def compute_weight_scale(weight: Tensor, per_channel: bool) -> Tensor:
+def compute_weight_scale(weight: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.group_size(group_size, per_channel)
     checks.floating("weight", weight)
     checks.matrix("weight", weight)
     rows = weight.float().abs()
+    if group_size:
+        return _group_scales(rows, group_size)
     total = _fixed_order_sum(rows if per_channel else rows.reshape(1, -1))
     mean = _divide(total, weight.numel() // len(total)).float()
     scale = torch.where(mean.isfinite(), mean.clamp(min=SCALE_FLOOR), torch.nan)
     return scale if per_channel else scale.view(())
+
+
+def _group_scales(magnitudes: Tensor, group_size: int) -> Tensor:
+    rows, cols = magnitudes.shape
+    groups = checks.ceil_div(cols, group_size)
+    padded = functional.pad(magnitudes, (0, groups * group_size - cols))
+    total = _fixed_order_sum(padded.view(rows * groups, group_size)).view(rows, groups)
+    counts = torch.full_like(total, group_size)
+    counts[:, -1] = cols - (groups - 1) * group_size
+    mean = (total / counts).float()
+    return torch.where(mean <= MOST_GROUP_MEAN, mean.clamp(min=GROUP_SCALE_FLOOR), torch.nan).half()
+
+
+def _of_elements(scale: Tensor, group_size: int, cols: int) -> Tensor:
+    """Scales per group (*, groups), as float32 (*, cols)."""
+    return scale.float().repeat_interleave(group_size, -1)[..., :cols]
 
 
 def _fixed_order_sum(values: Tensor) -> Tensor:
@@ -63,16 +86,21 @@ def _divide(values: Tensor, divisor: int) -> Tensor:
     return values / torch.full_like(values, divisor)
 
 
-def compute_x_scale(x: Tensor, int8_activations: bool, per_channel: bool) -> Tensor:
+def compute_x_scale(x: Tensor, int8_activations: bool, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.group_size(group_size, per_channel)
     checks.x_of_scale(x, int8_activations)
-    shape = checks.x_scale_shape(x, per_channel)
+    shape = checks.x_scale_shape(x, per_channel, group_size)
     if not int8_activations:
         return torch.ones(shape, dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         absmax = torch.zeros(shape, dtype=torch.float32, device=x.device)
     else:
         magnitude = x.float().abs()
-        absmax = magnitude.amax(-1, keepdim=True) if per_channel else magnitude.amax()
+        if group_size:
+            magnitude = functional.pad(magnitude, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+            absmax = magnitude.amax(-1)
+        else:
+            absmax = magnitude.amax(-1, keepdim=True) if per_channel else magnitude.amax()
     scale = _divide(absmax.clamp(min=SCALE_FLOOR), 127)
     return torch.where(absmax.isfinite(), scale, torch.nan)
 
@@ -82,44 +110,54 @@ def _quantize(values: Tensor, scale: Tensor, lowest: int, highest: int) -> Tenso
     return codes.nan_to_num(0.0).to(torch.int8)
 
 
-def _weight_scale_column(scale: Tensor, per_channel: bool) -> Tensor:
-    """(N, 1) or (), to meet a weight (N, K)."""
+def _weight_scale_for(scale: Tensor, per_channel: bool, group_size: int, cols: int) -> Tensor:
+    """(N, K), (N, 1) or (), to meet a weight (N, K)."""
+    if group_size:
+        return _of_elements(scale, group_size, cols)
     return scale.reshape(-1, 1) if per_channel else scale.reshape(())
 
 
-def _x_scale_column(scale: Tensor, per_channel: bool) -> Tensor:
-    """(*, 1) or (), to meet x (*, K)."""
+def _x_scale_for(scale: Tensor, per_channel: bool, group_size: int, cols: int) -> Tensor:
+    """(*, K), (*, 1) or (), to meet x (*, K)."""
+    if group_size:
+        return _of_elements(scale, group_size, cols)
     return scale if per_channel else scale.reshape(())
 
 
-def quantize_weight(weight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.weight_and_scale(weight, scale, per_channel)
-    return _quantize(weight, _weight_scale_column(scale, per_channel), -1, 1)
+def quantize_weight(weight: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.weight_and_scale(weight, scale, per_channel, group_size)
+    return _quantize(weight, _weight_scale_for(scale, per_channel, group_size, weight.shape[1]), -1, 1)
 
 
-def dequantize_weight(qweight: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.qweight_and_scale(qweight, scale, per_channel)
-    return qweight.float() * _weight_scale_column(scale, per_channel)
+def dequantize_weight(qweight: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.qweight_and_scale(qweight, scale, per_channel, group_size)
+    return qweight.float() * _weight_scale_for(scale, per_channel, group_size, qweight.shape[1])
 
 
-def quantize_x(x: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.x_and_scale(x, scale, per_channel)
-    return _quantize(x, _x_scale_column(scale, per_channel), -128, 127)
+def quantize_x(x: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.x_and_scale(x, scale, per_channel, group_size)
+    return _quantize(x, _x_scale_for(scale, per_channel, group_size, x.shape[-1]), -128, 127)
 
 
-def dequantize_x(qx: Tensor, scale: Tensor, per_channel: bool) -> Tensor:
-    checks.qx_and_scale(qx, scale, per_channel)
-    return qx.float() * _x_scale_column(scale, per_channel)
+def dequantize_x(qx: Tensor, scale: Tensor, per_channel: bool, group_size: int = 0) -> Tensor:
+    checks.qx_and_scale(qx, scale, per_channel, group_size)
+    return qx.float() * _x_scale_for(scale, per_channel, group_size, qx.shape[-1])
 
 
 # ---- packing ---------------------------------------------------------------------------------------------------------
 
 
-def prepare_weights(weight: Tensor, per_channel: bool, layout: str = "auto") -> tuple[Tensor, Tensor]:
-    """Synchronizes the device: a weight that is not finite raises."""
-    scale = compute_weight_scale(weight, per_channel)
-    raise_faults([Fault(~weight.isfinite().all(), "weight holds a NaN or an infinity")])
-    return scale, pack_weights(quantize_weight(weight, scale, per_channel), layout)
+def prepare_weights(
+    weight: Tensor, per_channel: bool, layout: str = "auto", group_size: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Synchronizes the device: a weight that is not finite raises, and a group of too large ones."""
+    scale = compute_weight_scale(weight, per_channel, group_size)
+    faults = [Fault(~weight.isfinite().all(), "weight holds a NaN or an infinity")]
+    if group_size:
+        too_large = "weight holds magnitudes of a mean above 65504 in a group, which float16 cannot hold"
+        faults.append(Fault(scale.isnan().any(), too_large))
+    raise_faults(faults)
+    return scale, pack_weights(quantize_weight(weight, scale, per_channel, group_size), layout)
 
 
 def pack_weights(qweight: Tensor, layout: str = "auto") -> Tensor:
@@ -181,8 +219,10 @@ def bitlinear(
     x_per_channel: bool,
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> Tensor:
-    _, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, out_dtype)
+    _, dtype = checks.inference(x, qweight_scale, qweight, bias, weight_per_channel, group_size, out_dtype)
     checks.torch_kernel_only(kernel_name, x.device)
     if qweight.dtype == torch.int8:
         codes, faults = qweight, [_invalid_code(qweight)]
@@ -191,8 +231,8 @@ def bitlinear(
     faults.append(_unusable_scale(qweight_scale))
     if x.device.type == "cpu":
         raise_faults(faults)
-    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
-    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel)
+    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel, group_size if x_per_group else 0)
+    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel, group_size)
     return _nan_where_found(faults, y).to(dtype)
 
 
@@ -205,35 +245,49 @@ def bitlinear_train(
     x_per_channel: bool,
     out_dtype: torch.dtype | None = None,
     kernel_name: str | None = None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _, dtype = checks.training(x, weight, bias, out_dtype)
     checks.torch_kernel_only(kernel_name, x.device)
-    qweight_scale = compute_weight_scale(weight, weight_per_channel)
-    codes = quantize_weight(weight, qweight_scale, weight_per_channel)
-    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel)
-    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel).to(dtype)
+    qweight_scale = compute_weight_scale(weight, weight_per_channel, group_size)
+    codes = quantize_weight(weight, qweight_scale, weight_per_channel, group_size)
+    qx, x_scale = _quantized_x(x, int8_activations, x_per_channel, group_size if x_per_group else 0)
+    y = _linear(qx, x_scale, codes, qweight_scale, bias, weight_per_channel, group_size).to(dtype)
     if not int8_activations:
         qx, x_scale = qx.new_empty(0, dtype=torch.int8), x_scale.new_empty(0)
     return y, qx, x_scale, packing.pack(codes), qweight_scale
 
 
-def _quantized_x(x: Tensor, int8_activations: bool, per_channel: bool) -> tuple[Tensor, Tensor]:
+def _quantized_x(x: Tensor, int8_activations: bool, per_channel: bool, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes and their scale; float32 activations: x in float32, and 1, or NaN for a row that is not finite."""
     if int8_activations:
-        scale = compute_x_scale(x, True, per_channel)
-        return _quantize(x, scale, -128, 127), scale
+        scale = compute_x_scale(x, True, per_channel, group_size)
+        return _quantize(x, _x_scale_for(scale, per_channel, group_size, x.shape[-1]), -128, 127), scale
     wide = x.float()
     scale = compute_x_scale(x, False, True)
     return wide, scale.masked_fill(~wide.isfinite().all(-1, keepdim=True), torch.nan)
 
 
 def _linear(
-    qx: Tensor, x_scale: Tensor, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, weight_per_channel: bool
+    qx: Tensor,
+    x_scale: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    weight_per_channel: bool,
+    group_size: int,
 ) -> Tensor:
-    """float32 y = sum * (s_x * s_w) + bias: three operations, none fused."""
+    """float32 y = sum * (s_x * s_w) + bias: three operations, none fused; of groups their sum, in order, from 0."""
     multiply = _integer_matmul if qx.dtype == torch.int8 else _float_matmul
-    total = multiply(qx, codes)
-    y = total * (x_scale * weight_scale.reshape(-1 if weight_per_channel else ()))
+    if group_size:
+        y = torch.zeros((*qx.shape[:-1], len(codes)), dtype=torch.float32, device=qx.device)
+        x_parts, w_parts = qx.split(group_size, -1), codes.split(group_size, -1)
+        for group, (x_part, w_part) in enumerate(zip(x_parts, w_parts, strict=True)):
+            s_x = x_scale[..., group : group + 1] if x_scale.ndim and x_scale.shape[-1] > 1 else x_scale
+            y = y + multiply(x_part, w_part) * (s_x * weight_scale[:, group].float())
+    else:
+        y = multiply(qx, codes) * (x_scale * weight_scale.reshape(-1 if weight_per_channel else ()))
     return y if bias is None else y + bias.float()
 
 
@@ -258,8 +312,9 @@ def _integer_matmul(qx: Tensor, codes: Tensor) -> Tensor:
 
 # ---- backward --------------------------------------------------------------------------------------------------------
 #
-# torch's own matmuls with the integer codes, which every floating dtype holds exactly, the scales folded into dY. In
-# float32, but in bfloat16 (with float32 sums) where dY is bfloat16, which it is under autocast.
+# torch's own matmuls with the integer codes, which every floating dtype holds exactly, the scales folded into dY; where
+# weights have them per group, scales go into the codes, and the products are rounded once. In float32, but in bfloat16
+# (with float32 sums) where dY is bfloat16, which it is under autocast.
 
 
 def bitlinear_backward(
@@ -273,8 +328,11 @@ def bitlinear_backward(
     dx_dtype: torch.dtype | None,
     dweight_dtype: torch.dtype | None,
     dbias_dtype: torch.dtype | None,
+    group_size: int = 0,
+    x_per_group: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, dx_dtype, dweight_dtype)
+    wanted = dx_dtype, dweight_dtype
+    checks.backward(dy, x, x_scale, qweight, qweight_scale, in_features, weight_per_channel, group_size, *wanted)
     nothing = dy.new_empty(0, dtype=torch.float32)
     dx = dweight = dbias = nothing
     rows = dy.reshape(-1, dy.shape[-1])
@@ -282,12 +340,23 @@ def bitlinear_backward(
         assert qweight is not None
         assert qweight_scale is not None
         if qweight.is_floating_point():
-            qweight = quantize_weight(qweight, qweight_scale, weight_per_channel)
-        codes = _codes_as(_matmul_dtype(dy), qweight, in_features)
-        dx = _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if weight_per_channel else ())).to(dx_dtype)
+            qweight = quantize_weight(qweight, qweight_scale, weight_per_channel, group_size)
+        codes = _codes_as(torch.float32 if group_size else _matmul_dtype(dy), qweight, in_features)
+        if group_size:
+            weight = codes * _of_elements(qweight_scale, group_size, in_features)
+            dx = (dy.to(_matmul_dtype(dy)) @ weight.to(_matmul_dtype(dy))).to(dx_dtype)
+        else:
+            dx = _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if weight_per_channel else ())).to(dx_dtype)
     if dweight_dtype is not None:
         assert x is not None
-        dweight = _dweight(rows, x.reshape(-1, in_features), x_scale).to(dweight_dtype)
+        flat = x.reshape(-1, in_features)
+        if group_size and x.dtype == torch.int8:
+            assert x_scale is not None
+            s_x = _of_elements(x_scale, group_size, in_features) if x_per_group else x_scale
+            values = (x.float() * s_x).reshape(-1, in_features).to(_matmul_dtype(dy))
+            dweight = (rows.t().to(values.dtype) @ values).to(dweight_dtype)
+        else:
+            dweight = _dweight(rows, flat, x_scale).to(dweight_dtype)
     if dbias_dtype is not None:
         dbias = rows.float().sum(0).to(dbias_dtype)
     return dx, dweight, dbias

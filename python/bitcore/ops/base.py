@@ -32,18 +32,23 @@ __all__ = [
 def compute_weight_scale(weight: Tensor, config: BitQuantConfig) -> Tensor:
     """The absmean scale `max(mean(|weight|), 1e-5)`, summed in float64 in one fixed order. Carries no gradient.
 
+    Of a group: `max(mean, 2**-14)`, rounded to float16.
+
     Args:
         weight: (out_features, in_features), float32, bfloat16 or float16.
         config: Its weight_granularity decides the scale's shape.
 
     Returns:
-        float32: () per_tensor, (out_features,) per_channel; NaN where a covered weight is NaN or infinite.
+        float32: () per_tensor, (out_features,) per_channel; float16: (out_features, ceil(in_features / group_size))
+        per_group. NaN where a covered weight is NaN or infinite, or a group's mean above 65,504.
 
     Raises:
         QuantizationError: wrong rank or dtype.
     """
-    per_channel, _, _ = require_config(config).flags
-    return native.call(native.compute_weight_scale, native.detached("weight", weight), per_channel)
+    config = require_config(config)
+    return native.call(
+        native.compute_weight_scale, native.detached("weight", weight), config.flags[0], config.weight_group_size
+    )
 
 
 @either_config_name
@@ -52,8 +57,9 @@ def quantize_weight(weight: Tensor, scale: Tensor, quant_config: BitQuantConfig)
 
     Args:
         weight: (out_features, in_features), float32, bfloat16 or float16.
-        scale: float32; any one-element tensor per_tensor, (out_features,) or (out_features, 1) per_channel.
-        quant_config: Its weight_granularity.
+        scale: float32; any one-element tensor per_tensor, (out_features,) or (out_features, 1) per_channel; float16
+            (out_features, ceil(in_features / group_size)) per_group.
+        quant_config: Its weight_granularity and group_size.
 
     Returns:
         int8 (out_features, in_features) of -1, 0, 1.
@@ -61,9 +67,9 @@ def quantize_weight(weight: Tensor, scale: Tensor, quant_config: BitQuantConfig)
     Raises:
         QuantizationError: wrong rank, dtype, device or shape of the scale.
     """
-    per_channel, _, _ = require_config(quant_config).flags
+    config = require_config(quant_config)
     checks.given(weight=weight, scale=scale)
-    return native.call(native.quantize_weight, weight, scale, per_channel)
+    return native.call(native.quantize_weight, weight, scale, config.flags[0], config.weight_group_size)
 
 
 @either_config_name
@@ -81,9 +87,10 @@ def dequantize_weight(qweight: Tensor, scale: Tensor, quant_config: BitQuantConf
     Raises:
         QuantizationError: qweight is packed (unpack it with unpack_weights first), or as quantize_weight.
     """
-    per_channel, _, _ = require_config(quant_config).flags
+    config = require_config(quant_config)
     checks.given(qweight=qweight)
-    return native.call(native.dequantize_weight, qweight, native.detached("scale", scale), per_channel)
+    scale = native.detached("scale", scale)
+    return native.call(native.dequantize_weight, qweight, scale, config.flags[0], config.weight_group_size)
 
 
 @either_config_name
@@ -95,13 +102,15 @@ def compute_x_scale(x: Tensor, config: BitQuantConfig) -> Tensor:
         config: Its activation_granularity decides the scale's shape. float32 activations are not quantized: 1.
 
     Returns:
-        float32: () per_tensor, (*, 1) per_channel; NaN where a covered element is NaN or infinite.
+        float32: () per_tensor, (*, 1) per_channel, (*, ceil(in_features / group_size)) per_group; NaN where a covered
+        element is NaN or infinite.
 
     Raises:
         QuantizationError: wrong rank or dtype.
     """
     _, int8_activations, per_channel = require_config(config).flags
-    return native.call(native.compute_x_scale, native.detached("x", x), int8_activations, per_channel)
+    x = native.detached("x", x)
+    return native.call(native.compute_x_scale, x, int8_activations, per_channel, config.x_group_size)
 
 
 @either_config_name
@@ -110,7 +119,8 @@ def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor
 
     Args:
         x: (*, in_features), float32, bfloat16 or float16.
-        scale: float32; any one-element tensor per_tensor, (*, 1) per_channel.
+        scale: float32; any one-element tensor per_tensor, (*, 1) per_channel, (*, ceil(in_features / group_size))
+            per_group.
         quant_config: Its activation_dtype and activation_granularity.
 
     Returns:
@@ -124,7 +134,7 @@ def quantize_x(x: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Tensor
     if not int8_activations:
         checks.x_and_scale(x, scale, per_channel)
         return x.detach() if x.requires_grad else x
-    return native.call(native.quantize_x, x, scale, per_channel)
+    return native.call(native.quantize_x, x, scale, per_channel, quant_config.x_group_size)
 
 
 @either_config_name
@@ -147,7 +157,7 @@ def dequantize_x(qx: Tensor, scale: Tensor, quant_config: BitQuantConfig) -> Ten
     if not int8_activations:
         checks.x_and_scale(qx, scale, per_channel, name="qx")
         return qx.float() * (scale if per_channel else scale.reshape(()))
-    return native.call(native.dequantize_x, qx, scale, per_channel)
+    return native.call(native.dequantize_x, qx, scale, per_channel, quant_config.x_group_size)
 
 
 @either_config_name

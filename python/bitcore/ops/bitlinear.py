@@ -25,19 +25,20 @@ def prepare_weights(weight: Tensor, config: BitQuantConfig, layout: str = "auto"
             of the shape.
 
     Returns:
-        qweight_scale, float32: () per_tensor, (out_features,) per_channel; and qweight: uint8 (out_features, R + T),
-        R = 4 * ceil(in_features / 16), T = ceil(64 / out_features), or what a registered kernel's own prepare_weights
-        returns.
+        qweight_scale, float32: () per_tensor, (out_features,) per_channel; float16 per_group: (out_features,
+        ceil(in_features / group_size)); and qweight: uint8 (out_features, R + T), R = 4 * ceil(in_features / 16),
+        T = ceil(64 / out_features), or what a registered kernel's own prepare_weights returns.
 
     Raises:
-        QuantizationError: wrong rank or dtype, a NaN or an infinity in the weight, an unknown layout.
+        QuantizationError: wrong rank or dtype, a NaN or an infinity in the weight, a group whose mean magnitude float16
+            cannot hold (above 65,504), an unknown layout.
         KernelNotFoundError: kernels are named and none of them covers the config.
     """
-    per_channel = require_config(config).flags[0]
+    config = require_config(config)
     weight = native.detached("weight", weight)
     if registry.selection():
         return registry.candidates(config, weight.device.type)[0].prepare(weight, config, layout)
-    return native.call(native.prepare_weights, weight, per_channel, layout)
+    return native.call(native.prepare_weights, weight, config.flags[0], layout, config.weight_group_size)
 
 
 def forward(
@@ -51,6 +52,8 @@ def forward(
 ) -> Tensor:
     """y = float(sum_k q_x q_w) * (s_x * s_w) + bias, in training and in inference with the same bits.
 
+    With weights per_group: y = bias + the float32 sum, over the groups in order, of that product for each group.
+
     `training` alone decides the mode; arguments of the other mode are ignored. Gradients are the straight-through
     estimator's: training gives them to x, weight and bias, inference to x and bias. With int8 activations every kernel,
     device and thread count returns the same bits. With activation_granularity "per_tensor" a row's result depends on
@@ -62,7 +65,8 @@ def forward(
     Args:
         x: (*, in_features), float32, bfloat16 or float16; also 1-D, also without rows.
         weight: Training: (out_features, in_features), float32, bfloat16 or float16.
-        qweight_scale: Inference: float32; one element per_tensor, (out_features,) or (out_features, 1) per_channel.
+        qweight_scale: Inference: float32; one element per_tensor, (out_features,) or (out_features, 1) per_channel;
+            float16 (out_features, ceil(in_features / group_size)) per_group.
         qweight: Inference: as prepare_weights returns it, or int8 codes (out_features, in_features), which are packed
             on every call (slow).
         bias: (out_features,), floating, or None. Added after scaling.
@@ -85,12 +89,13 @@ def forward(
         if registry.selection():
             assert weight is not None
             return registry.candidates(config, x.device.type)[0].train(x, weight, bias, config)
-        return native.train(native.bitlinear_train, x, weight, bias, *config.flags, native.autocast_dtype(x))
+        rest = config.operator_arguments(native.autocast_dtype(x))
+        return native.train(native.bitlinear_train, x, weight, bias, *rest)
     if not (isinstance(x, Tensor) and isinstance(qweight_scale, Tensor) and isinstance(qweight, Tensor)):
         checks.given(" (training=False)", x=x, qweight_scale=qweight_scale, qweight=qweight)
     if registry.selection():
         assert qweight_scale is not None
         assert qweight is not None
         return registry.select(config, x.device.type, qweight).infer(x, qweight_scale, qweight, bias, config)
-    rest = (*config.flags, native.autocast_dtype(x))
+    rest = config.operator_arguments(native.autocast_dtype(x))
     return native.infer(native.bitlinear, x, qweight_scale, qweight, bias, *rest)

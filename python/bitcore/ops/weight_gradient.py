@@ -10,18 +10,34 @@ import torch
 from torch import Tensor
 
 from bitcore._torch_private import Function, below_autograd
-from bitcore.config import BitQuantConfig
+from bitcore.config import DEFAULT_GROUP_SIZE, BitQuantConfig
 from bitcore.operators import native
 from bitcore.ops.base import compute_x_scale, quantize_x
 
 
 @torch.library.custom_op("bitcore::attach_weight_gradient", mutates_args=())
-def _attach(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channel: bool) -> Tensor:
+def _attach(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    int8_activations: bool,
+    x_per_channel: bool,
+    group_size: int = 0,
+    x_per_group: bool = False,
+) -> Tensor:
     return y.clone()
 
 
 @_attach.register_fake
-def _(y: Tensor, x: Tensor, weight: Tensor, int8_activations: bool, x_per_channel: bool) -> Tensor:
+def _(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    int8_activations: bool,
+    x_per_channel: bool,
+    group_size: int = 0,
+    x_per_group: bool = False,
+) -> Tensor:
     return torch.empty_like(y)
 
 
@@ -41,18 +57,19 @@ def attach_weight_gradient(
         # x gets no gradient here, and compiled autograd cannot take None for one.
         direct: Tensor = _Attached.apply(y, x.detach(), weight, config, on_gradient)
         return direct
-    int8_activations = config.activation_dtype == "int8"
-    output: Tensor = _attach(y, x, weight, int8_activations, config.activation_granularity == "per_channel")
+    output: Tensor = _attach(y, x, weight, *config.flags[1:], *config.group_arguments)
     return output
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, weight, int8_activations, x_per_channel = inputs
+    _, x, weight, int8_activations, x_per_channel, group_size, x_per_group = inputs
     ctx.save_for_backward(x)
     ctx.weight_dtype = weight.dtype
     ctx.config = BitQuantConfig(
-        activation_dtype="int8" if int8_activations else "float32",
-        activation_granularity="per_channel" if x_per_channel else "per_tensor",
+        "per_group" if group_size else "per_tensor",
+        "int8" if int8_activations else "float32",
+        "per_group" if x_per_group else "per_channel" if x_per_channel else "per_tensor",
+        group_size or DEFAULT_GROUP_SIZE,
     )
 
 
@@ -60,7 +77,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the straight-through estimator has no second derivative.
         raise NotImplementedError("BitLinear has no second derivative: call backward or grad without create_graph=True")
     dweight = _dweight(ctx, dy) if ctx.needs_input_grad[2] else None
-    return dy, None, dweight, None, None
+    return dy, None, dweight, None, None, None, None
 
 
 def _dweight(ctx: Any, dy: Tensor) -> Tensor:
@@ -71,7 +88,7 @@ def _dweight(ctx: Any, dy: Tensor) -> Tensor:
         x = quantize_x(x, scale, ctx.config)
     with below_autograd():
         dweight: Tensor = native.bitlinear_backward(
-            dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None
+            dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None, *ctx.config.group_arguments
         )[1]
     return dweight
 

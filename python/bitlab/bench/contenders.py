@@ -190,7 +190,7 @@ def _binder(
     function: Callable[..., Tensor] = kernel
     rest: tuple[object, ...] = (None, config)
     if isinstance(kernel, OperatorKernel):
-        function, rest = kernel.inference_op, (None, *config.flags, None, kernel.name)
+        function, rest = kernel.inference_op, (None, *config.operator_arguments(None, kernel.name))
 
     def bind(x: Tensor) -> Call:
         calls = [partial(function, x, scale, qweight, *rest) for scale, qweight in weights]

@@ -49,7 +49,7 @@ def calls() -> dict[tuple[str, str], Call]:
         "BitLinear, deployed": BitLinear(SIZE, SIZE, quant_config=config).deploy(),
     }
     deployed = states["BitLinear, deployed"]
-    weights = (deployed.qweight_scale, deployed.qweight, deployed.bias, *config.flags)
+    weights = (deployed.qweight_scale, deployed.qweight, deployed.bias, *config.operator_arguments())
 
     def operator(x: Tensor) -> Tensor:
         y: Tensor = torch.ops.bitcore.bitlinear.default(x, *weights)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from bitcore.config import ActivationDtype, BitQuantConfig, Granularity
+from bitcore.config import DEFAULT_GROUP_SIZE, ActivationDtype, BitQuantConfig, Granularity
 from bitcore.exceptions import FileError, QuantizationError
 from bitcore.operators.checks import layout_of
 from bitlayers.bitlinear import BitLinear
@@ -24,11 +24,10 @@ FORMAT = 1
 Layout = Literal["2bit", "1.6bit"]
 State = Literal["trainable", "deployed"]
 
-_GROUP_SIZE = 128  # The only value that means nothing: no scale is per group yet.
 _CHOICES = {"layout": ("2bit", "1.6bit"), "state": ("trainable", "deployed")}
 _QUANT_FIELDS = tuple(field.name for field in dataclasses.fields(BitQuantConfig))
 _PLAN_FIELDS = (*_QUANT_FIELDS, *_CHOICES)
-_FIELDS = (*_PLAN_FIELDS, "modules", "modules_to_not_convert", "quant_method", "format", "group_size")
+_FIELDS = (*_PLAN_FIELDS, "modules", "modules_to_not_convert", "quant_method", "format")
 
 
 class LayerPlan(NamedTuple):
@@ -43,8 +42,8 @@ class LayerPlan(NamedTuple):
         layout = "2bit" if layer.qweight is None else layout_of(layer.qweight, layer.in_features) or "2bit"
         return cls(layer.quant_config, layout, "deployed" if layer.is_deployed else "trainable")
 
-    def fields(self) -> dict[str, str]:
-        return {**dataclasses.asdict(self.quant_config), "layout": self.layout, "state": self.state}
+    def fields(self) -> dict[str, Any]:
+        return {**self.quant_config.to_dict(), "layout": self.layout, "state": self.state}
 
 
 class BitLabConfig(QuantizationConfigMixin):
@@ -59,7 +58,7 @@ class BitLabConfig(QuantizationConfigMixin):
     they were when the model was loaded.
 
     Args:
-        weight_granularity, activation_dtype, activation_granularity: As in `BitQuantConfig`.
+        weight_granularity, activation_dtype, activation_granularity, group_size: As in `BitQuantConfig`.
         layout: How weights are packed: "2bit" or "1.6bit" (deployed layers).
         state: "trainable": the layers keep float weights and train. "deployed": they are packed once loaded.
         modules: Of every module that is not as the rest: `{"kind": "float"}`, or `{"kind": "ternary"}` and the fields
@@ -67,7 +66,6 @@ class BitLabConfig(QuantizationConfigMixin):
         modules_to_not_convert: Names, patterns or ends of names of layers that stay float, matched as by transformers.
         quant_method: "bitlab".
         format: 1.
-        group_size: 128.
 
     Raises:
         QuantizationError: an argument has a value that does not exist.
@@ -81,17 +79,16 @@ class BitLabConfig(QuantizationConfigMixin):
         *,
         layout: Layout = "2bit",
         state: State = "trainable",
-        modules: Mapping[str, Mapping[str, str]] | None = None,
+        modules: Mapping[str, Mapping[str, Any]] | None = None,
         modules_to_not_convert: Collection[str] | None = None,
         quant_method: str = METHOD,
         format: int = FORMAT,
-        group_size: int = _GROUP_SIZE,
+        group_size: int = DEFAULT_GROUP_SIZE,
     ) -> None:
         _require("quant_method", quant_method, (METHOD,))
         _require("format", format, (FORMAT,))
-        _require("group_size", group_size, (_GROUP_SIZE,))
         self.quant_method = METHOD  # type: ignore[assignment]  # A str to transformers, which types it as its enum.
-        self.quant_config = BitQuantConfig(weight_granularity, activation_dtype, activation_granularity)
+        self.quant_config = BitQuantConfig(weight_granularity, activation_dtype, activation_granularity, group_size)
         self.layout: str = _require("layout", layout, _CHOICES["layout"])
         self.state: str = _require("state", state, _CHOICES["state"])
         self.modules = _checked_modules(modules)
@@ -137,12 +134,10 @@ class BitLabConfig(QuantizationConfigMixin):
         own = dict(self.modules.get(name, {}))
         if own.pop("kind", "ternary") == "float":
             return None
-        values: dict[str, Any] = {**LayerPlan(self.quant_config, self.layout, self.state).fields(), **own}
-        for field, choices in _CHOICES.items():
-            _require(f"{field} of {name}", values[field], choices)
-        return LayerPlan(
-            BitQuantConfig(**{field: values[field] for field in _QUANT_FIELDS}), values["layout"], values["state"]
-        )
+        layout, state = own.pop("layout", self.layout), own.pop("state", self.state)
+        for field, value in (("layout", layout), ("state", state)):
+            _require(f"{field} of {name}", value, _CHOICES[field])
+        return LayerPlan(self.quant_config.with_fields(own), layout, state)
 
     def plans(self, model: PreTrainedModel) -> dict[str, LayerPlan]:
         """What each `nn.Linear` of a model becomes; those that stay float are not in it.
@@ -170,7 +165,7 @@ class BitLabConfig(QuantizationConfigMixin):
             "quant_method": METHOD,
             "format": FORMAT,
             **LayerPlan(self.quant_config, self.layout, self.state).fields(),
-            "group_size": _GROUP_SIZE,
+            "group_size": self.quant_config.group_size,
             "modules": copy.deepcopy(self.modules),
             **skipped,
         }
@@ -240,11 +235,13 @@ def ternary_by_default(model: PreTrainedModel) -> dict[str, bool]:
     }
 
 
-def _module_fields(plan: LayerPlan | None, most: LayerPlan) -> dict[str, str]:
+def _module_fields(plan: LayerPlan | None, most: LayerPlan) -> dict[str, Any]:
     if plan is None:
         return {"kind": "float"}
-    rest = most.fields()
-    return {"kind": "ternary"} | {field: value for field, value in plan.fields().items() if value != rest[field]}
+    packing = {"layout": plan.layout, "state": plan.state}
+    rest = {"layout": most.layout, "state": most.state}
+    differing = {field: value for field, value in packing.items() if value != rest[field]}
+    return {"kind": "ternary"} | plan.quant_config.fields_unlike(most.quant_config) | differing
 
 
 def _from_dict(values: dict[str, Any]) -> BitLabConfig:
@@ -258,7 +255,7 @@ def _require(name: str, value: Any, choices: tuple[object, ...]) -> Any:
     return value
 
 
-def _checked_modules(modules: object) -> dict[str, dict[str, str]]:
+def _checked_modules(modules: object) -> dict[str, dict[str, Any]]:
     if modules is None:
         return {}
     if not isinstance(modules, Mapping) or not all(isinstance(fields, Mapping) for fields in modules.values()):

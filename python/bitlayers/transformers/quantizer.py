@@ -147,8 +147,9 @@ def _expect_packed(name: str, layer: BitLinear, plan: LayerPlan) -> None:
     if not has_layout(plan.layout, layer.in_features):
         raise FileError(f"{name}: layout is {plan.layout}, which does not exist for {layer.in_features} in_features")
     row_bytes = sum(packed_row_bytes(layer.out_features, layer.in_features, plan.layout))
-    per_channel = plan.quant_config.weight_granularity == "per_channel"
-    scale = torch.empty((layer.out_features,) if per_channel else (), dtype=torch.float32, device="meta")
+    shape = plan.quant_config.weight_scale_shape(layer.out_features, layer.in_features)
+    dtype = torch.float16 if plan.quant_config.weight_granularity == "per_group" else torch.float32
+    scale = torch.empty(shape, dtype=dtype, device="meta")
     layer._become_deployed(scale, torch.empty(layer.out_features, row_bytes, dtype=torch.uint8, device="meta"))
 
 

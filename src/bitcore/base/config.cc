@@ -1,7 +1,9 @@
 #include "bitcore/config.h"
 
+#include <algorithm>
+
+#include "bitcore/base/checks.h"
 #include "bitcore/exceptions.h"
-#include "bitcore/tensor.h"
 
 namespace bitcore {
 namespace {
@@ -14,10 +16,49 @@ std::string quoted(std::string_view text) { return "'" + std::string(text) + "'"
 
 }  // namespace
 
+void check_config(const BitQuantConfig& config) {
+  const bool groups = config.weight_granularity == Granularity::per_group;
+  if (config.activation_granularity == Granularity::per_group) {
+    if (!groups) {
+      fail("activation_granularity is 'per_group' and weight_granularity is '", to_string(config.weight_granularity),
+           "', expected 'per_group' for both");
+    }
+    if (config.activation_dtype == ActivationDtype::float32) {
+      fail("activation_granularity is 'per_group' and activation_dtype is 'float32', expected 'int8'");
+    }
+  }
+  if (!groups && config.group_size != kDefaultGroupSize) {
+    fail("group_size is ", config.group_size, " and weight_granularity is '", to_string(config.weight_granularity),
+         "', expected ", kDefaultGroupSize, ", or 'per_group'");
+  }
+  if (std::ranges::find(kGroupSizes, config.group_size) == std::end(kGroupSizes)) {
+    fail("group_size is ", config.group_size, ", expected 32, 64, 128 or 256");
+  }
+}
+
+std::vector<BitQuantConfig> all_configs() {
+  using enum Granularity;
+  using enum ActivationDtype;
+  std::vector<BitQuantConfig> configs;
+  for (const Granularity weight : {per_tensor, per_channel}) {
+    for (const ActivationDtype dtype : {float32, int8}) {
+      for (const Granularity x : {per_tensor, per_channel}) configs.push_back({weight, dtype, x});
+    }
+  }
+  for (const std::int64_t group_size : kGroupSizes) {
+    for (const ActivationDtype dtype : {float32, int8}) {
+      for (const Granularity x : {per_tensor, per_channel}) configs.push_back({per_group, dtype, x, group_size});
+    }
+    configs.push_back({per_group, int8, per_group, group_size});
+  }
+  return configs;
+}
+
 Granularity parse_granularity(std::string_view text, std::string_view argument) {
   if (text == "per_tensor") return Granularity::per_tensor;
   if (text == "per_channel") return Granularity::per_channel;
-  reject(argument, "'per_tensor' or 'per_channel'", text);
+  if (text == "per_group") return Granularity::per_group;
+  reject(argument, "'per_tensor', 'per_channel' or 'per_group'", text);
 }
 
 ActivationDtype parse_activation_dtype(std::string_view text, std::string_view argument) {
@@ -27,7 +68,15 @@ ActivationDtype parse_activation_dtype(std::string_view text, std::string_view a
 }
 
 std::string_view to_string(Granularity granularity) {
-  return granularity == Granularity::per_tensor ? "per_tensor" : "per_channel";
+  switch (granularity) {
+    case Granularity::per_tensor:
+      return "per_tensor";
+    case Granularity::per_channel:
+      return "per_channel";
+    case Granularity::per_group:
+      return "per_group";
+  }
+  return "unknown";
 }
 
 std::string_view to_string(ActivationDtype dtype) { return dtype == ActivationDtype::float32 ? "float32" : "int8"; }
@@ -35,23 +84,8 @@ std::string_view to_string(ActivationDtype dtype) { return dtype == ActivationDt
 std::string to_string(const BitQuantConfig& config) {
   return "BitQuantConfig(weight_granularity=" + quoted(to_string(config.weight_granularity)) +
          ", activation_dtype=" + quoted(to_string(config.activation_dtype)) +
-         ", activation_granularity=" + quoted(to_string(config.activation_granularity)) + ")";
-}
-
-std::string_view to_string(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "float32";
-    case DType::bfloat16:
-      return "bfloat16";
-    case DType::float16:
-      return "float16";
-    case DType::int8:
-      return "int8";
-    case DType::uint8:
-      return "uint8";
-  }
-  return "unknown";
+         ", activation_granularity=" + quoted(to_string(config.activation_granularity)) +
+         ", group_size=" + std::to_string(config.group_size) + ")";
 }
 
 }  // namespace bitcore

@@ -21,7 +21,13 @@ bool cpu_has_neon_dot() { return false; }
 
 // GCC's and Clang's builtin reads CPUID once and checks that the operating system saves the registers.
 
-bool cpu_has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+// And F16C, which every CPU with AVX2 has, but not every virtual machine.
+bool cpu_has_avx2() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  constexpr unsigned kF16c = 1u << 29;  // in ECX of leaf 1
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & kF16c) != 0;
+}
 
 // Clang 14 does not know the name "avxvnni". AVX2's check covers the registers.
 bool cpu_has_avx_vnni() {

@@ -153,24 +153,36 @@ struct Float32Direct : Float32Steps<Isa> {
     return any;
   }
 
-  // Calls multiply_lanes<tokens>.
-  template <int Count = Tokens>
-  static std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, std::int64_t tile_rows,
-                              std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums) {
-    if constexpr (Count > 1) {
-      if (tokens < Count) {
-        return direct<Count - 1>(tile, payload_row_bytes, tile_rows, steps, packed_tokens, tokens, sums);
-      }
-    }
+  // All rows of some steps.
+  template <int Count>
+  static std::uint32_t multiply_rows(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
+                                     const float* x, float* sums) {
     constexpr int kFitting = std::min<int>(Sums / Count, Steps::kTileVectors);
     constexpr int kRegisters = std::bit_floor(static_cast<unsigned>(kFitting));
-    auto* out = static_cast<float*>(sums);
-    std::fill_n(out, Count * kTileRows, 0.0f);
     std::uint32_t invalid = 0;
     for (std::int64_t lane = 0; lane < tile_rows; lane += kRegisters * kLanes) {
-      invalid |= multiply_lanes<Count, kRegisters>(tile, tile_rows, lane, steps,
-                                                   static_cast<const float*>(packed_tokens), out + lane);
+      invalid |= multiply_lanes<Count, kRegisters>(tile, tile_rows, lane, steps, x, sums + lane);
     }
+    return invalid;
+  }
+
+  // Calls multiply_rows<tokens>.
+  template <int Count = Tokens>
+  static std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps,
+                              const void* packed_tokens, std::int64_t tokens, const Groups* groups, void* sums) {
+    if constexpr (Count > 1) {
+      if (tokens < Count) return direct<Count - 1>(tile, tile_rows, steps, packed_tokens, tokens, groups, sums);
+    }
+    const auto* x = static_cast<const float*>(packed_tokens);
+    auto* out = static_cast<float*>(sums);
+    std::fill_n(out, Count * kTileRows, 0.0f);
+    if (groups == nullptr) return multiply_rows<Count>(tile, tile_rows, steps, x, out);
+    std::uint32_t invalid = 0;
+    multiply_groups_of_k<kTileRows, Count, float>(
+        *groups, Count, steps * kStepCodes, out, [&](std::int64_t k, std::int64_t count, float* group) {
+          invalid |= multiply_rows<Count>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
+                                          x + k * Count, group);
+        });
     return invalid;
   }
 
@@ -179,8 +191,6 @@ struct Float32Direct : Float32Steps<Isa> {
         .activation_dtype = ActivationDtype::float32,
         .token_element = sizeof(float),
         .offset_codes = false,
-        .absmax = absmax_bits,
-        .quantize = nullptr,
         .pack_tokens = Steps::pack_tokens,
         .store = store_sums<float>,
         .direct_tokens = Tokens,
@@ -257,17 +267,26 @@ struct Float32Panels : Float32Steps<Isa> {
     }
   }
 
-  // Calls gemm_step<tokens>.
+  template <int Count>
+  static void gemm_steps(const float* weights, const float* x, std::int64_t k_count, float* sums) {
+    for (std::int64_t k = 0; k < k_count; k += kStepCodes) gemm_step<Count>(weights + k * kRows, x + k * Count, sums);
+  }
+
+  // Calls gemm_steps<tokens>.
   template <int Count = Tokens>
   static void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
-                   void* sums) {
+                   const Groups* groups, void* sums) {
     if constexpr (Count > 1) {
-      if (tokens < Count) return gemm<Count - 1>(panel, packed_tokens, tokens, k_count, sums);
+      if (tokens < Count) return gemm<Count - 1>(panel, packed_tokens, tokens, k_count, groups, sums);
     }
-    for (std::int64_t k = 0; k < k_count; k += kStepCodes) {
-      gemm_step<Count>(static_cast<const float*>(panel) + k * kRows,
-                       static_cast<const float*>(packed_tokens) + k * Count, static_cast<float*>(sums));
-    }
+    const auto* weights = static_cast<const float*>(panel);
+    const auto* x = static_cast<const float*>(packed_tokens);
+    auto* out = static_cast<float*>(sums);
+    if (groups == nullptr) return gemm_steps<Count>(weights, x, k_count, out);
+    multiply_groups_of_k<kRows, Count, float>(*groups, Count, k_count, out,
+                                              [&](std::int64_t k, std::int64_t count, float* group) {
+                                                gemm_steps<Count>(weights + k * kRows, x + k * Count, count, group);
+                                              });
   }
 
   static constexpr TileFunctions added_to(TileFunctions functions) {

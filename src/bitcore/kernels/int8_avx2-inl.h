@@ -11,14 +11,18 @@
 //   rows(sums)                              the int32 sum of each output row
 //   kFoldGroups                             groups of four k, codes up to 2, that sums hold
 //   kDirectTokens                           TileFunctions::direct_tokens
-//   direct_sums(tokens)                     registers of sums of each token and half of a tile in direct: 1, 2 or 4
+//   direct_sums(tokens)                     registers of sums of each token and half of a tile in direct: 1 or 2
 //
 // In an unnamed namespace for the reason given in float_types-inl.h.
 #pragma once
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <array>
+#include <bit>
+#include <iterator>
+#include <type_traits>
 #include <utility>
 
 #include "bitcore/kernels/builtin.h"
@@ -166,11 +170,33 @@ typename Layout::Words load_half(const std::uint8_t* step, int half) {
   return Layout::split(load(step + half * kLanes * 4));
 }
 
-// out += rows.
-void add_rows(std::int32_t* out, __m256i rows) {
-  auto* lanes = reinterpret_cast<__m256i*>(out);
-  _mm256_store_si256(lanes, _mm256_add_epi32(_mm256_load_si256(lanes), rows));
-}
+// What a register of sums of one token and half of a tile goes to: those of earlier k, [token][row],
+struct AddToSums {
+  std::int32_t* sums;
+
+  [[gnu::always_inline]] void operator()(int token, int half, __m256i rows) const {
+    auto* lanes = reinterpret_cast<__m256i*>(sums + token * kRows + half * kLanes);
+    _mm256_store_si256(lanes, _mm256_add_epi32(_mm256_load_si256(lanes), rows));
+  }
+};
+
+// or, scaled, the sums of all groups of k before it.
+struct AddGroup {
+  const Activation* x;
+  const float* w_scale;
+  float* sums;
+
+  [[gnu::always_inline]] void operator()(int token, int half, __m256i rows) const {
+    using Registers = GroupSums<sizeof(__m256i)>;
+    Registers::add(std::bit_cast<Registers::Ints>(rows), x[token], w_scale + half * kLanes,
+                   sums + token * kRows + half * kLanes);
+  }
+
+  void next(const Groups& groups) {
+    x += groups.x_stride;
+    w_scale += kRows;
+  }
+};
 
 // ---- many tokens ---------------------------------------------------------------------------------------------------
 
@@ -198,12 +224,14 @@ std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t
   return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
 }
 
-// At most Arithmetic::kFoldGroups groups of four k.
-template <class Arithmetic, int Tokens>
-void gemm_groups(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t groups, std::int32_t* sums) {
+// At most Arithmetic::kFoldGroups groups of four k. Calls finish(token, half, sums) with a register of rows.
+template <class Arithmetic, int Tokens, class Finish>
+[[gnu::always_inline]] inline void gemm_groups(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t groups,
+                                               const Finish& finish) {
   __m256i acc[Tokens][kHalves];
 #pragma GCC unroll 6
   for (int m = 0; m < Tokens; ++m) acc[m][0] = acc[m][1] = _mm256_setzero_si256();
+#pragma GCC unroll 4
   for (std::int64_t group = 0; group < groups; ++group, weights += kRows * 4, x += Tokens * 4) {
     const __m256i first = load(weights);
     const __m256i second = load(weights + kLanes * 4);
@@ -216,67 +244,120 @@ void gemm_groups(const std::uint8_t* weights, const std::uint8_t* x, std::int64_
   }
 #pragma GCC unroll 6
   for (int m = 0; m < Tokens; ++m) {
-    add_rows(sums + m * kRows, Arithmetic::rows(acc[m][0]));
-    add_rows(sums + m * kRows + kLanes, Arithmetic::rows(acc[m][1]));
+    finish(m, 0, Arithmetic::rows(acc[m][0]));
+    finish(m, 1, Arithmetic::rows(acc[m][1]));
   }
 }
 
-// Calls gemm_groups<tokens>.
-template <class Arithmetic, int Tokens = kTokens>
-void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return gemm<Arithmetic, Tokens - 1>(panel, packed_tokens, tokens, k_count, sums);
-  }
+// Any number of k.
+template <class Arithmetic, int Tokens>
+void gemm_all(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t k_count, std::int32_t* sums) {
   constexpr std::int64_t kFoldGroups = Arithmetic::kFoldGroups;
-  const auto* weights = static_cast<const std::uint8_t*>(panel);
-  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
   const std::int64_t groups = k_count / 4;
   for (std::int64_t group = 0; group < groups; group += kFoldGroups) {
     const std::int64_t count = groups - group < kFoldGroups ? groups - group : kFoldGroups;
-    gemm_groups<Arithmetic, Tokens>(weights + group * kRows * 4, x + group * Tokens * 4, count,
-                                    static_cast<std::int32_t*>(sums));
+    gemm_groups<Arithmetic, Tokens>(weights + group * kRows * 4, x + group * Tokens * 4, count, AddToSums{sums});
   }
+}
+
+// With a scale for each group of k, whose sums fit into int16.
+template <class Arithmetic, int Tokens>
+void gemm_grouped(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t k_count, const Groups& groups,
+                  float* sums) {
+  static_assert(4 * Arithmetic::kFoldGroups >= *std::max_element(std::begin(kGroupSizes), std::end(kGroupSizes)));
+  AddGroup finish = {groups.x, groups.w_scale, sums};
+  for (std::int64_t k = 0; k < k_count; k += groups.k) {
+    const std::int64_t count = groups.k < k_count - k ? groups.k : k_count - k;
+    gemm_groups<Arithmetic, Tokens>(weights + k * kRows, x + k * Tokens, count / 4, finish);
+    finish.next(groups);
+  }
+}
+
+// Calls gemm_all<tokens> or gemm_grouped<tokens>.
+template <class Arithmetic, int Tokens = kTokens>
+void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, const Groups* groups,
+          void* sums) {
+  if constexpr (Tokens > 1) {
+    if (tokens < Tokens) return gemm<Arithmetic, Tokens - 1>(panel, packed_tokens, tokens, k_count, groups, sums);
+  }
+  const auto* weights = static_cast<const std::uint8_t*>(panel);
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  if (groups == nullptr) return gemm_all<Arithmetic, Tokens>(weights, x, k_count, static_cast<std::int32_t*>(sums));
+  gemm_grouped<Arithmetic, Tokens>(weights, x, k_count, *groups, static_cast<float*>(sums));
 }
 
 // ---- few tokens ----------------------------------------------------------------------------------------------------
 
-// acc += the codes of one group of k, times all tokens. With several registers of sums neighbouring groups use
-// different ones, which may hold codes worth more than their value.
-template <class Arithmetic, class Layout, int Group, int Tokens, int Sums>
-void multiply_group(__m256i (&acc)[Tokens][kHalves][Sums], const typename Layout::Words (&words)[kHalves],
-                    const std::uint8_t* x) {
-  __m256i codes[kHalves];
-#pragma GCC unroll 2
-  for (int half = 0; half < kHalves; ++half) {
-    if constexpr (Sums > 1) {
-      codes[half] = Layout::template scaled_codes<Group>(words[half]);
-    } else {
-      codes[half] = Layout::template codes<Group>(words[half]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < Tokens; ++m) {
-    const __m256i activations = broadcast_word(x + 4 * (Group * Tokens + m));
-    Arithmetic::multiply_add(acc[m][0][Group % Sums], codes[0], activations);
-    Arithmetic::multiply_add(acc[m][1][Group % Sums], codes[1], activations);
-  }
+// Indices of sums are template arguments: an array that a loop indexes, GCC 12 keeps in memory.
+template <int Tokens, int Sums>
+using DirectSums = __m256i[Tokens][kHalves][Sums];
+
+template <int Tokens>
+constexpr auto kEachToken = std::make_integer_sequence<int, Tokens>();
+
+// Codes of one group of k of half of a tile; for several registers of sums they may be worth more than their value.
+template <class Layout, int Group, int Sums>
+[[gnu::always_inline]] inline __m256i direct_codes(const typename Layout::Words& words) {
+  if constexpr (Sums > 1) return Layout::template scaled_codes<Group>(words);
+  return Layout::template codes<Group>(words);
+}
+
+template <class Arithmetic, int Sum, int Sums>
+[[gnu::always_inline]] inline void multiply_token(__m256i (&acc)[kHalves][Sums], __m256i first, __m256i second,
+                                                  __m256i activations) {
+  Arithmetic::multiply_add(acc[0][Sum], first, activations);
+  Arithmetic::multiply_add(acc[1][Sum], second, activations);
+}
+
+// acc += the codes of one group of k, times all tokens. Neighbouring groups use different registers of sums.
+template <class Arithmetic, class Layout, int Group, int Tokens, int Sums, int... Token>
+[[gnu::always_inline]] inline void multiply_group(DirectSums<Tokens, Sums>& acc,
+                                                  const typename Layout::Words (&words)[kHalves], const std::uint8_t* x,
+                                                  std::integer_sequence<int, Token...>) {
+  const __m256i first = direct_codes<Layout, Group, Sums>(words[0]);
+  const __m256i second = direct_codes<Layout, Group, Sums>(words[1]);
+  (multiply_token<Arithmetic, Group % Sums>(acc[Token], first, second,
+                                            broadcast_word(x + 4 * (Group * Tokens + Token))),
+   ...);
 }
 
 template <class Arithmetic, class Layout, int Tokens, int Sums, int... Group>
-void multiply_groups(__m256i (&acc)[Tokens][kHalves][Sums], const typename Layout::Words (&words)[kHalves],
-                     const std::uint8_t* x, std::integer_sequence<int, Group...>) {
-  (multiply_group<Arithmetic, Layout, Group>(acc, words, x), ...);
+[[gnu::always_inline]] inline void multiply_groups(DirectSums<Tokens, Sums>& acc,
+                                                   const typename Layout::Words (&words)[kHalves],
+                                                   const std::uint8_t* x, std::integer_sequence<int, Group...>) {
+  (multiply_group<Arithmetic, Layout, Group, Tokens, Sums>(acc, words, x, kEachToken<Tokens>), ...);
 }
 
 // The sum over all registers of sums, each divided by what its codes are worth.
-template <class Arithmetic, class Layout, int Sums>
-__m256i total_rows(const __m256i (&acc)[Sums]) {
-  __m256i total = Arithmetic::rows(acc[0]);
-#pragma GCC unroll 2
-  for (int s = 1; s < Sums; ++s) {
-    total = _mm256_add_epi32(total, _mm256_srai_epi32(Arithmetic::rows(acc[s]), Layout::scale_bits(s)));
-  }
+template <class Arithmetic, class Layout, int... Sum>
+[[gnu::always_inline]] inline __m256i total_rows(const __m256i (&acc)[sizeof...(Sum)],
+                                                 std::integer_sequence<int, Sum...>) {
+  __m256i total = _mm256_setzero_si256();
+  ((total = _mm256_add_epi32(total, Sum == 0 ? Arithmetic::rows(acc[Sum])
+                                             : _mm256_srai_epi32(Arithmetic::rows(acc[Sum]), Layout::scale_bits(Sum)))),
+   ...);
   return total;
+}
+
+template <class Arithmetic, class Layout, int Sums, class Finish, int... Token>
+[[gnu::always_inline]] inline void finish_tokens(const DirectSums<sizeof...(Token), Sums>& acc, const Finish& finish,
+                                                 std::integer_sequence<int, Token...>) {
+  constexpr auto kEachSum = std::make_integer_sequence<int, Sums>();
+  ((finish(Token, 0, total_rows<Arithmetic, Layout>(acc[Token][0], kEachSum)),
+    finish(Token, 1, total_rows<Arithmetic, Layout>(acc[Token][1], kEachSum))),
+   ...);
+}
+
+template <int... Sum>
+[[gnu::always_inline]] inline void clear_half(__m256i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
+  ((acc[Sum] = _mm256_setzero_si256()), ...);
+}
+
+template <int Sums, int... Token>
+[[gnu::always_inline]] inline void clear(DirectSums<sizeof...(Token), Sums>& acc,
+                                         std::integer_sequence<int, Token...>) {
+  constexpr auto kEachSum = std::make_integer_sequence<int, Sums>();
+  ((clear_half(acc[Token][0], kEachSum), clear_half(acc[Token][1], kEachSum)), ...);
 }
 
 // Steps after which sums are full: a register gets the codes of every Sums-th group.
@@ -288,46 +369,83 @@ constexpr std::int64_t fold_steps() {
   return Arithmetic::kFoldGroups / (groups * scale);
 }
 
-// One tile times all tokens.
-template <class Arithmetic, class Layout, int Tokens>
-std::uint32_t direct_tile(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                          std::int32_t* sums) {
+// At most fold_steps() steps of a tile times all tokens. Calls finish(token, half, sums) with a register of rows.
+template <class Arithmetic, class Layout, int Tokens, class Finish>
+[[gnu::always_inline]] inline void direct_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps,
+                                                const std::uint8_t* x, __m256i (&invalid)[kHalves],
+                                                const Finish& finish) {
   constexpr auto kEach = std::make_integer_sequence<int, Layout::kGroups>();
   constexpr int kSums = Arithmetic::direct_sums(Tokens);
-  constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, Layout, kSums>();
-  __m256i invalid[kHalves] = {};
-  for (std::int64_t i = 0; i < Tokens * kRows; ++i) sums[i] = 0;
-  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
-    const std::int64_t count = steps - begin < kFoldSteps ? steps - begin : kFoldSteps;
-    __m256i acc[Tokens][kHalves][kSums] = {};
-    for (std::int64_t step = 0; step < count; ++step, tile += rows * 4, x += 4 * Layout::kGroups * Tokens) {
-      // With one or two tokens memory is the limit and the hardware's prefetching suffices: more would be in its way.
-      if constexpr (Tokens > 2) prefetch(tile);
-      const typename Layout::Words words[kHalves] = {load_half<Layout>(tile, 0), load_half<Layout>(tile, 1)};
-      invalid[0] = Layout::collect(invalid[0], words[0]);
-      invalid[1] = Layout::collect(invalid[1], words[1]);
-      multiply_groups<Arithmetic, Layout>(acc, words, x, kEach);
-    }
-#pragma GCC unroll 12
-    for (int m = 0; m < Tokens; ++m) {
-      add_rows(sums + m * kRows, total_rows<Arithmetic, Layout>(acc[m][0]));
-      add_rows(sums + m * kRows + kLanes, total_rows<Arithmetic, Layout>(acc[m][1]));
-    }
+  DirectSums<Tokens, kSums> acc;
+  clear<kSums>(acc, kEachToken<Tokens>);
+  __m256i found[kHalves] = {invalid[0], invalid[1]};
+#pragma GCC unroll 2
+  for (std::int64_t step = 0; step < steps; ++step, tile += rows * 4, x += 4 * Layout::kGroups * Tokens) {
+    // With one or two tokens memory is the limit and the hardware's prefetching suffices: more would be in its way.
+    if constexpr (Tokens > 2) prefetch(tile);
+    const typename Layout::Words words[kHalves] = {load_half<Layout>(tile, 0), load_half<Layout>(tile, 1)};
+    found[0] = Layout::collect(found[0], words[0]);
+    found[1] = Layout::collect(found[1], words[1]);
+    multiply_groups<Arithmetic, Layout, Tokens, kSums>(acc, words, x, kEach);
   }
-  return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
+  invalid[0] = found[0];
+  invalid[1] = found[1];
+  finish_tokens<Arithmetic, Layout, kSums>(acc, finish, kEachToken<Tokens>);
 }
 
-// Calls direct_tile<tokens>.
+// Any number of steps, added to `sums`.
+template <class Arithmetic, class Layout, int Tokens>
+void direct_all(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
+                __m256i (&invalid)[kHalves], std::int32_t* sums) {
+  constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, Layout, Arithmetic::direct_sums(Tokens)>();
+  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+    const std::int64_t count = steps - begin < kFoldSteps ? steps - begin : kFoldSteps;
+    direct_steps<Arithmetic, Layout, Tokens>(tile + begin * rows * 4, rows, count,
+                                             x + begin * 4 * Layout::kGroups * Tokens, invalid, AddToSums{sums});
+  }
+}
+
+// With a scale for each group of k.
+template <class Arithmetic, int Tokens>
+[[gnu::noinline]] void direct_grouped(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps,
+                                      const std::uint8_t* x, const Groups& groups, __m256i (&invalid)[kHalves],
+                                      float* sums) {
+  constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, TwoBit, Arithmetic::direct_sums(Tokens)>();
+  if (groups.k > kFoldSteps * kStepCodes) {
+    return multiply_groups_of_k<kRows, Tokens, std::int32_t>(
+        groups, Tokens, steps * kStepCodes, sums, [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+          direct_all<Arithmetic, TwoBit, Tokens>(tile + k / kStepCodes * rows * 4, rows, count / kStepCodes,
+                                                 x + k * Tokens, invalid, group);
+        });
+  }
+  AddGroup finish = {groups.x, groups.w_scale, sums};
+  const std::int64_t group_steps = groups.k / kStepCodes;
+  for (std::int64_t step = 0; step < steps; step += group_steps) {
+    const std::int64_t count = group_steps < steps - step ? group_steps : steps - step;
+    direct_steps<Arithmetic, TwoBit, Tokens>(tile + step * rows * 4, rows, count, x + step * kStepCodes * Tokens,
+                                             invalid, finish);
+    finish.next(groups);
+  }
+}
+
+// Calls direct_all<tokens> or direct_grouped<tokens>.
 template <class Arithmetic, class Layout, int Tokens = Arithmetic::kDirectTokens>
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
-                     const void* packed_tokens, std::int64_t tokens, void* sums) {
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const void* packed_tokens,
+                     std::int64_t tokens, const Groups* groups, void* sums) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) {
-      return direct<Arithmetic, Layout, Tokens - 1>(tile, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
+      return direct<Arithmetic, Layout, Tokens - 1>(tile, rows, steps, packed_tokens, tokens, groups, sums);
     }
   }
-  return direct_tile<Arithmetic, Layout, Tokens>(tile, rows, steps, static_cast<const std::uint8_t*>(packed_tokens),
-                                                 static_cast<std::int32_t*>(sums));
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  std::memset(sums, 0, Tokens * kRows * sizeof(std::int32_t));
+  __m256i invalid[kHalves] = {};
+  if (groups == nullptr) {
+    direct_all<Arithmetic, Layout, Tokens>(tile, rows, steps, x, invalid, static_cast<std::int32_t*>(sums));
+  } else if constexpr (std::is_same_v<Layout, TwoBit>) {
+    direct_grouped<Arithmetic, Tokens>(tile, rows, steps, x, *groups, invalid, static_cast<float*>(sums));
+  }
+  return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
 }
 
 template <class Arithmetic>
@@ -336,8 +454,6 @@ constexpr TileFunctions avx2_tiles() {
       .activation_dtype = ActivationDtype::int8,
       .token_element = 1,
       .offset_codes = true,
-      .absmax = absmax_bits,
-      .quantize = quantize_x_row,
       .pack_tokens = pack_token_words,
       .store = store_sums<std::int32_t>,
       .direct_tokens = Arithmetic::kDirectTokens,

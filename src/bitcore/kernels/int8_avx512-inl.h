@@ -15,6 +15,8 @@
 #include <immintrin.h>
 
 #include <array>
+#include <bit>
+#include <type_traits>
 #include <utility>
 
 #include "bitcore/kernels/base3_recode-inl.h"
@@ -23,7 +25,6 @@
 #include "bitcore/kernels/store-inl.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
-#include "bitcore/quantize/quantize_avx512-inl.h"
 
 namespace bitcore {
 namespace {
@@ -211,32 +212,54 @@ __m512i unscaled(__m512i sum) {
 }
 
 template <class Layout, int Tokens, int... Sum>
-[[gnu::always_inline]] inline void add_token(const __m512i (&acc)[sizeof...(Sum)], __mmask16 earlier,
-                                             std::int32_t* sums, std::integer_sequence<int, Sum...>) {
-  __m512i total = _mm512_maskz_load_epi32(earlier, sums);
+[[gnu::always_inline]] inline __m512i total_of_token(const __m512i (&acc)[sizeof...(Sum)],
+                                                     std::integer_sequence<int, Sum...>) {
+  __m512i total = _mm512_setzero_si512();
   ((total = _mm512_add_epi32(total, unscaled<Layout, Tokens, Sum>(acc[Sum]))), ...);
-  _mm512_store_si512(sums, total);
+  return total;
 }
 
-// Adds the sums of every token to those of earlier steps.
-template <class Layout, int... Token>
-[[gnu::always_inline]] inline void add_sums(const Sums<Layout, sizeof...(Token)>& acc, __mmask16 earlier,
-                                            std::int32_t* sums, std::int64_t sums_stride,
-                                            std::integer_sequence<int, Token...>) {
+// Calls finish(token, sums) for every token, with a register of rows.
+template <class Layout, class Finish, int... Token>
+[[gnu::always_inline]] inline void finish_tokens(const Sums<Layout, sizeof...(Token)>& acc, const Finish& finish,
+                                                 std::integer_sequence<int, Token...>) {
   constexpr int kCount = sizeof...(Token);
   constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(kCount)>();
-  (add_token<Layout, kCount>(acc[Token], earlier, sums + Token * sums_stride, kSums), ...);
+  (finish(Token, total_of_token<Layout, kCount>(acc[Token], kSums)), ...);
 }
 
-// Steps [begin, end) of a tile of `rows` rows, added to the sums of earlier ones. Returns what Layout::collect
-// gathered.
-template <class Layout, int... Token>
+// What finish_tokens calls: adds to the sums of earlier steps, if there are any, [token][sums_stride],
+struct AddToSums {
+  std::int32_t* sums;
+  std::int64_t sums_stride;
+  bool has_earlier;
+
+  [[gnu::always_inline]] void operator()(int token, __m512i total) const {
+    std::int32_t* out = sums + token * sums_stride;
+    const __mmask16 earlier = has_earlier ? 0xffff : 0;
+    _mm512_store_si512(out, _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, out), total));
+  }
+};
+
+// or scales the sums of a group and adds them to those of earlier ones, [token][kTileRows].
+struct AddGroup {
+  const Activation* x;
+  const float* w_scale;
+  float* sums;
+
+  [[gnu::always_inline]] void operator()(int token, __m512i total) const {
+    using Registers = GroupSums<sizeof(__m512i)>;
+    Registers::add(std::bit_cast<Registers::Ints>(total), x[token], w_scale, sums + token * kTileRows);
+  }
+};
+
+// Steps [begin, end) of a tile of `rows` rows. Returns what Layout::collect gathered.
+template <class Layout, class Finish, int... Token>
 [[gnu::always_inline]] inline __m512i multiply_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t begin,
-                                                     std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
+                                                     std::int64_t end, const std::uint8_t* x, const Finish& finish,
                                                      std::integer_sequence<int, Token...> tokens) {
   constexpr int kCount = sizeof...(Token);
   const __mmask16 mask = row_mask(rows);
-  const __mmask16 earlier = begin == 0 ? 0 : 0xffff;
   __m512i invalid = _mm512_setzero_si512();
   Sums<Layout, kCount> acc;
   clear<Layout>(acc, tokens);
@@ -247,25 +270,41 @@ template <class Layout, int... Token>
     invalid = Layout::collect(invalid, words);
     multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, tokens);
   }
-  add_sums<Layout>(acc, earlier, sums, kTileRows, tokens);
+  finish_tokens<Layout>(acc, finish, tokens);
   return invalid;
 }
 
 // Calls multiply_steps for this number of tokens.
 template <class Layout, int Tokens = kTokens>
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t payload_row_bytes, std::int64_t rows, std::int64_t steps,
-                     const void* packed_tokens, std::int64_t tokens, void* sums) {
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const void* packed_tokens,
+                     std::int64_t tokens, const Groups* groups, void* sums) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) {
-      return direct<Layout, Tokens - 1>(tile, payload_row_bytes, rows, steps, packed_tokens, tokens, sums);
+      return direct<Layout, Tokens - 1>(tile, rows, steps, packed_tokens, tokens, groups, sums);
     }
   }
+  constexpr auto kEach = std::make_integer_sequence<int, Tokens>();
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
   std::uint32_t invalid = 0;
-  for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
-    const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-    invalid |= Layout::any(
-        multiply_steps<Layout>(tile, rows, begin, end, static_cast<const std::uint8_t*>(packed_tokens),
-                               static_cast<std::int32_t*>(sums), std::make_integer_sequence<int, Tokens>()));
+  if (groups == nullptr) {
+    for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
+      const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
+      const AddToSums finish = {static_cast<std::int32_t*>(sums), kTileRows, begin > 0};
+      invalid |= Layout::any(multiply_steps<Layout>(tile, rows, begin, end, x, finish, kEach));
+    }
+  } else if constexpr (std::is_same_v<Layout, TwoBit>) {
+    auto* out = static_cast<float*>(sums);
+    std::memset(out, 0, Tokens * kTileRows * sizeof(float));
+    __m512i found = _mm512_setzero_si512();
+    const std::int64_t group_steps = groups->k / kStepCodes;
+    AddGroup finish = {groups->x, groups->w_scale, out};
+    for (std::int64_t begin = 0; begin < steps; begin += group_steps) {
+      const std::int64_t end = begin + group_steps < steps ? begin + group_steps : steps;
+      found = _mm512_or_si512(found, multiply_steps<Layout>(tile, rows, begin, end, x, finish, kEach));
+      finish.x += groups->x_stride;
+      finish.w_scale += kTileRows;
+    }
+    invalid = Layout::any(found);
   }
   return invalid;
 }
@@ -279,16 +318,15 @@ constexpr int kStreamTokens = Layout::kGroups == 4 ? 4 : 2;
 // Four streams were slower with weights fetched farther ahead, two with the nearer ones.
 constexpr std::int64_t stream_prefetch_bytes(int tokens) { return tokens == 1 ? 512 : 2048; }
 
-// Steps [begin, end) of the tiles, added to the sums of earlier ones. Returns `found` with what Layout::collect
-// gathered.
-template <class Layout, int... Token, int... Stream>
+// Steps [begin, end) of the tiles; finish: what finish_tokens calls, for each stream. Returns `found` with what
+// Layout::collect gathered.
+template <class Layout, class Finish, int... Token, int... Stream>
 [[gnu::always_inline]] inline __m512i stream_steps(const std::uint8_t* const* tiles, std::int64_t begin,
-                                                   std::int64_t end, const std::uint8_t* x, std::int32_t* sums,
-                                                   std::int64_t sums_stride, __m512i found,
+                                                   std::int64_t end, const std::uint8_t* x,
+                                                   const Finish (&finish)[sizeof...(Stream)], __m512i found,
                                                    std::integer_sequence<int, Token...> tokens,
                                                    std::integer_sequence<int, Stream...>) {
   constexpr int kCount = sizeof...(Token);
-  const __mmask16 before = begin == 0 ? 0 : 0xffff;
   Sums<Layout, kCount> acc[sizeof...(Stream)];
   (clear<Layout>(acc[Stream], tokens), ...);
   for (std::int64_t step = begin; step < end; ++step) {
@@ -301,7 +339,7 @@ template <class Layout, int... Token, int... Stream>
     };
     (multiply(tiles[Stream] + step * kTileRows * 4, acc[Stream]), ...);
   }
-  (add_sums<Layout>(acc[Stream], before, sums + Stream * kCount * sums_stride, sums_stride, tokens), ...);
+  (finish_tokens<Layout>(acc[Stream], finish[Stream], tokens), ...);
   return found;
 }
 
@@ -310,29 +348,61 @@ std::uint32_t multiply_streams(const std::uint8_t* const* runs, std::int64_t cou
                                const std::uint8_t* x, std::int32_t* sums, std::int64_t sums_stride,
                                std::integer_sequence<int, Token...> tokens,
                                std::integer_sequence<int, Stream...> streams) {
+  constexpr std::int64_t kCount = sizeof...(Token);
   __m512i found = _mm512_setzero_si512();
   for (std::int64_t tile = 0; tile < count; ++tile) {
     const std::uint8_t* tiles[] = {runs[Stream] + tile * steps * kTileRows * 4 ...};
     for (std::int64_t begin = 0; begin < steps; begin += kFoldSteps) {
       const std::int64_t end = begin + kFoldSteps < steps ? begin + kFoldSteps : steps;
-      found = stream_steps<Layout>(tiles, begin, end, x, sums + tile * kTileRows, sums_stride, found, tokens, streams);
+      const AddToSums finish[] = {{sums + tile * kTileRows + Stream * kCount * sums_stride, sums_stride, begin > 0}...};
+      found = stream_steps<Layout>(tiles, begin, end, x, finish, found, tokens, streams);
     }
   }
   return Layout::any(found);
 }
 
+// One tile of each run, with a scale for each group of k.
+template <int... Token, int... Stream>
+std::uint32_t multiply_grouped_streams(const std::uint8_t* const* tiles, std::int64_t steps, const std::uint8_t* x,
+                                       const Groups& groups, float* sums, std::integer_sequence<int, Token...> tokens,
+                                       std::integer_sequence<int, Stream...> streams) {
+  constexpr std::int64_t kSums = sizeof...(Token) * kTileRows;  // of a stream
+  const std::int64_t stream_scales = (steps * kStepCodes + groups.k - 1) / groups.k * kTileRows;
+  std::memset(sums, 0, sizeof...(Stream) * kSums * sizeof(float));
+  __m512i found = _mm512_setzero_si512();
+  const std::int64_t group_steps = groups.k / kStepCodes;
+  const Activation* activations = groups.x;
+  const float* w_scale = groups.w_scale;
+  for (std::int64_t begin = 0; begin < steps; begin += group_steps) {
+    const std::int64_t end = begin + group_steps < steps ? begin + group_steps : steps;
+    const AddGroup finish[] = {{activations, w_scale + Stream * stream_scales, sums + Stream * kSums}...};
+    found = stream_steps<TwoBit>(tiles, begin, end, x, finish, found, tokens, streams);
+    activations += groups.x_stride;
+    w_scale += kTileRows;
+  }
+  return TwoBit::any(found);
+}
+
 // Calls multiply_streams for this number of tokens.
 template <class Layout, int Tokens = kStreamTokens<Layout>>
 std::uint32_t direct_streams(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
-                             const void* packed_tokens, std::int64_t tokens, void* sums, std::int64_t sums_stride) {
+                             const void* packed_tokens, std::int64_t tokens, const Groups* groups, void* sums,
+                             std::int64_t sums_stride) {
   if constexpr (Tokens > 1) {
     if (tokens < Tokens) {
-      return direct_streams<Layout, Tokens - 1>(runs, count, steps, packed_tokens, tokens, sums, sums_stride);
+      return direct_streams<Layout, Tokens - 1>(runs, count, steps, packed_tokens, tokens, groups, sums, sums_stride);
     }
   }
-  return multiply_streams<Layout>(
-      runs, count, steps, static_cast<const std::uint8_t*>(packed_tokens), static_cast<std::int32_t*>(sums),
-      sums_stride, std::make_integer_sequence<int, Tokens>(), std::make_integer_sequence<int, streams_of(Tokens)>());
+  constexpr auto kEach = std::make_integer_sequence<int, Tokens>();
+  constexpr auto kStreams = std::make_integer_sequence<int, static_cast<int>(streams_of(Tokens))>();
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  if constexpr (std::is_same_v<Layout, TwoBit>) {
+    if (groups != nullptr) {
+      return multiply_grouped_streams(runs, steps, x, *groups, static_cast<float*>(sums), kEach, kStreams);
+    }
+  }
+  return multiply_streams<Layout>(runs, count, steps, x, static_cast<std::int32_t*>(sums), sums_stride, kEach,
+                                  kStreams);
 }
 
 constexpr TileFunctions avx512_tiles() {
@@ -340,8 +410,6 @@ constexpr TileFunctions avx512_tiles() {
       .activation_dtype = ActivationDtype::int8,
       .token_element = 1,
       .offset_codes = true,
-      .absmax = absmax_bits,
-      .quantize = quantize_x_row_avx512,
       .pack_tokens = pack_token_words,
       .store = store_sums<std::int32_t>,
       .direct_tokens = kTokens,

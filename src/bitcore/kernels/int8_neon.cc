@@ -10,7 +10,6 @@
 #include "bitcore/kernels/int8_neon-inl.h"
 #include "bitcore/kernels/int8_words-inl.h"
 #include "bitcore/kernels/store-inl.h"
-#include "bitcore/quantize/quantize-inl.h"
 
 namespace bitcore {
 namespace {
@@ -87,9 +86,18 @@ void gemm_tokens(const std::int8_t* weights, const std::uint8_t* x, std::int64_t
   }
 }
 
-void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  gemm_tokens<kTokens>(static_cast<const std::int8_t*>(panel), static_cast<const std::uint8_t*>(packed_tokens), tokens,
-                       k_count, static_cast<std::int32_t*>(sums));
+void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, const Groups* groups,
+          void* sums) {
+  const auto* weights = static_cast<const std::int8_t*>(panel);
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  if (groups == nullptr) {
+    return gemm_tokens<kTokens>(weights, x, tokens, k_count, static_cast<std::int32_t*>(sums));
+  }
+  multiply_groups_of_k<kRows, kTokens, std::int32_t>(*groups, tokens, k_count, static_cast<float*>(sums),
+                                                     [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+                                                       gemm_tokens<kTokens>(weights + k * kRows, x + k * tokens, tokens,
+                                                                            count, group);
+                                                     });
 }
 
 template <int Field, int Tokens>
@@ -126,24 +134,33 @@ void direct_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t step
 
 // Calls itself down to `tokens`.
 template <int Tokens>
-std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
-                            std::int64_t tokens, std::int32_t* sums) {
+void direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::uint8_t* x,
+                   std::int64_t tokens, std::int32_t* sums, uint32x4_t (&invalid)[kQuarters]) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums);
+    if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums, invalid);
   }
-  uint32x4_t invalid[kQuarters] = {};
-  for (std::int64_t i = 0; i < Tokens * kTileRows; ++i) sums[i] = 0;
   for (std::int64_t step = 0; step < steps; step += kFoldSteps) {
     const std::int64_t count = steps - step < kFoldSteps ? steps - step : kFoldSteps;
     direct_steps<Tokens>(tile + step * rows * 4, rows, count, x + step * kStepCodes * Tokens, sums, invalid);
   }
-  return any_invalid(invalid, rows);
 }
 
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t, std::int64_t tile_rows, std::int64_t steps,
-                     const void* packed_tokens, std::int64_t tokens, void* sums) {
-  return direct_tokens<kDirectTokens>(tile, tile_rows, steps, static_cast<const std::uint8_t*>(packed_tokens), tokens,
-                                      static_cast<std::int32_t*>(sums));
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* packed_tokens,
+                     std::int64_t tokens, const Groups* groups, void* sums) {
+  const auto* x = static_cast<const std::uint8_t*>(packed_tokens);
+  uint32x4_t invalid[kQuarters] = {};
+  std::memset(sums, 0, static_cast<std::size_t>(tokens * kTileRows) * sizeof(std::int32_t));
+  if (groups == nullptr) {
+    direct_tokens<kDirectTokens>(tile, tile_rows, steps, x, tokens, static_cast<std::int32_t*>(sums), invalid);
+  } else {
+    multiply_groups_of_k<kRows, kDirectTokens, std::int32_t>(
+        *groups, tokens, steps * kStepCodes, static_cast<float*>(sums),
+        [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+          direct_tokens<kDirectTokens>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
+                                       x + k * tokens, tokens, group, invalid);
+        });
+  }
+  return any_invalid(invalid, tile_rows);
 }
 
 }  // namespace
@@ -152,8 +169,6 @@ constinit const TileFunctions kInt8NeonTiles = {
     .activation_dtype = ActivationDtype::int8,
     .token_element = 1,
     .offset_codes = true,
-    .absmax = absmax_bits,
-    .quantize = quantize_x_row,
     .pack_tokens = pack_token_words,
     .store = store_sums<std::int32_t>,
     .direct_tokens = kDirectTokens,

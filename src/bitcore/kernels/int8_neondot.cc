@@ -6,7 +6,6 @@
 #include "bitcore/kernels/builtin.h"
 #include "bitcore/kernels/int8_neon-inl.h"
 #include "bitcore/kernels/store-inl.h"
-#include "bitcore/quantize/quantize-inl.h"
 
 namespace bitcore {
 namespace {
@@ -88,9 +87,18 @@ void gemm_tokens(const std::int8_t* weights, const std::int8_t* x, std::int64_t 
   keep_sums(acc, sums);
 }
 
-void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  gemm_tokens<kTokens>(static_cast<const std::int8_t*>(panel), static_cast<const std::int8_t*>(packed_tokens), tokens,
-                       k_count, static_cast<std::int32_t*>(sums));
+void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, const Groups* groups,
+          void* sums) {
+  const auto* weights = static_cast<const std::int8_t*>(panel);
+  const auto* x = static_cast<const std::int8_t*>(packed_tokens);
+  if (groups == nullptr) {
+    return gemm_tokens<kTokens>(weights, x, tokens, k_count, static_cast<std::int32_t*>(sums));
+  }
+  multiply_groups_of_k<kRows, kTokens, std::int32_t>(*groups, tokens, k_count, static_cast<float*>(sums),
+                                                     [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+                                                       gemm_tokens<kTokens>(weights + k * kRows, x + k * tokens, tokens,
+                                                                            count, group);
+                                                     });
 }
 
 template <int Field, int Tokens>
@@ -104,12 +112,11 @@ void multiply_field(int32x4_t (&acc)[Tokens][kQuarters], const uint32x4_t (&word
 
 // Calls itself down to `tokens`.
 template <int Tokens>
-std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::int8_t* x,
-                            std::int64_t tokens, std::int32_t* sums) {
+void direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps, const std::int8_t* x,
+                   std::int64_t tokens, std::int32_t* sums, uint32x4_t (&invalid)[kQuarters]) {
   if constexpr (Tokens > 1) {
-    if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums);
+    if (tokens < Tokens) return direct_tokens<Tokens - 1>(tile, rows, steps, x, tokens, sums, invalid);
   }
-  uint32x4_t invalid[kQuarters] = {};
   int32x4_t acc[Tokens][kQuarters] = {};
   for (std::int64_t step = 0; step < steps; ++step, tile += rows * 4, x += kStepCodes * Tokens) {
     uint32x4_t words[kQuarters];
@@ -126,13 +133,24 @@ std::uint32_t direct_tokens(const std::uint8_t* tile, std::int64_t rows, std::in
     multiply_field<3>(acc, words, activations);
   }
   keep_sums(acc, sums);
-  return any_invalid(invalid, rows);
 }
 
-std::uint32_t direct(const std::uint8_t* tile, std::int64_t, std::int64_t tile_rows, std::int64_t steps,
-                     const void* packed_tokens, std::int64_t tokens, void* sums) {
-  return direct_tokens<kDirectTokens>(tile, tile_rows, steps, static_cast<const std::int8_t*>(packed_tokens), tokens,
-                                      static_cast<std::int32_t*>(sums));
+std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int64_t steps, const void* packed_tokens,
+                     std::int64_t tokens, const Groups* groups, void* sums) {
+  const auto* x = static_cast<const std::int8_t*>(packed_tokens);
+  uint32x4_t invalid[kQuarters] = {};
+  std::memset(sums, 0, static_cast<std::size_t>(tokens * kTileRows) * sizeof(std::int32_t));
+  if (groups == nullptr) {
+    direct_tokens<kDirectTokens>(tile, tile_rows, steps, x, tokens, static_cast<std::int32_t*>(sums), invalid);
+  } else {
+    multiply_groups_of_k<kRows, kDirectTokens, std::int32_t>(
+        *groups, tokens, steps * kStepCodes, static_cast<float*>(sums),
+        [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+          direct_tokens<kDirectTokens>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
+                                       x + k * tokens, tokens, group, invalid);
+        });
+  }
+  return any_invalid(invalid, tile_rows);
 }
 
 }  // namespace
@@ -141,8 +159,6 @@ constinit const TileFunctions kInt8NeonDotTiles = {
     .activation_dtype = ActivationDtype::int8,
     .token_element = 1,
     .offset_codes = true,
-    .absmax = absmax_bits,
-    .quantize = quantize_x_row,
     .pack_tokens = pack_tokens,
     .store = store_sums<std::int32_t>,
     .direct_tokens = kDirectTokens,

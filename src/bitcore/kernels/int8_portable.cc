@@ -14,7 +14,7 @@ namespace bitcore {
 namespace {
 
 constexpr std::int64_t kRows = kTileRows;
-constexpr std::int64_t kTokens = 4;
+constexpr int kTokens = 4;
 // 16 rows x 512 x 2 bytes = 16 KiB: half of a common L1 cache.
 constexpr std::int64_t kBlock = 512;
 
@@ -65,11 +65,12 @@ std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t
 }
 
 // Four rows at once share the loads of x.
-void dot_four_rows(const std::int16_t* weights, const std::int16_t* x, std::int64_t k_count, std::int32_t* sums) {
+void dot_four_rows(const std::int16_t* weights, const std::int16_t* x, std::int64_t stride, std::int64_t k_count,
+                   std::int32_t* sums) {
   const std::int16_t* row0 = weights;
-  const std::int16_t* row1 = weights + k_count;
-  const std::int16_t* row2 = weights + 2 * k_count;
-  const std::int16_t* row3 = weights + 3 * k_count;
+  const std::int16_t* row1 = weights + stride;
+  const std::int16_t* row2 = weights + 2 * stride;
+  const std::int16_t* row3 = weights + 3 * stride;
   std::int32_t sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
   for (std::int64_t k = 0; k < k_count; ++k) {
     sum0 += row0[k] * x[k];
@@ -83,15 +84,27 @@ void dot_four_rows(const std::int16_t* weights, const std::int16_t* x, std::int6
   sums[3] += sum3;
 }
 
-void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, void* sums) {
-  const auto* weights = static_cast<const std::int16_t*>(panel);
-  const auto* x = static_cast<const std::int16_t*>(packed_tokens);
-  auto* out = static_cast<std::int32_t*>(sums);
+// Of a panel and tokens of `stride` k.
+void gemm_part(const std::int16_t* weights, const std::int16_t* x, std::int64_t tokens, std::int64_t stride,
+               std::int64_t k_count, std::int32_t* sums) {
   for (std::int64_t row = 0; row < kRows; row += 4) {
     for (std::int64_t m = 0; m < tokens; ++m) {
-      dot_four_rows(weights + row * k_count, x + m * k_count, k_count, out + m * kRows + row);
+      dot_four_rows(weights + row * stride, x + m * stride, stride, k_count, sums + m * kRows + row);
     }
   }
+}
+
+void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count, const Groups* groups,
+          void* sums) {
+  const auto* weights = static_cast<const std::int16_t*>(panel);
+  const auto* x = static_cast<const std::int16_t*>(packed_tokens);
+  if (groups == nullptr) {
+    return gemm_part(weights, x, tokens, k_count, k_count, static_cast<std::int32_t*>(sums));
+  }
+  multiply_groups_of_k<kRows, kTokens, std::int32_t>(*groups, tokens, k_count, static_cast<float*>(sums),
+                                                     [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+                                                       gemm_part(weights + k, x + k, tokens, k_count, count, group);
+                                                     });
 }
 
 }  // namespace
@@ -100,8 +113,6 @@ constinit const TileFunctions kInt8PortableTiles = {
     .activation_dtype = ActivationDtype::int8,
     .token_element = sizeof(std::int16_t),
     .offset_codes = false,
-    .absmax = absmax_bits,
-    .quantize = quantize_x_row,
     .pack_tokens = pack_tokens,
     .store = store_sums<std::int32_t>,
     .panels = {.rows = kRows, .token_tile = kTokens, .k_block = kBlock, .element = sizeof(std::int16_t), .gemm = gemm},

@@ -14,18 +14,26 @@
 
 namespace bitcore {
 
-/// Bounds of TileFunctions::direct_tokens and direct_rows: the driver keeps the sums of a tile on the stack.
+/// Bound of TileFunctions::direct_tokens: the driver keeps the sums of a tile on the stack.
 inline constexpr std::int64_t kMostDirectTokens = 24;
-inline constexpr std::int64_t kMostDirectRows = 32;
 
 /// Runs of tiles that direct_streams reads side by side, for so many tokens.
 inline constexpr std::int64_t kMostStreams = 4;
 constexpr std::int64_t streams_of(std::int64_t tokens) { return tokens == 1 ? kMostStreams : 2; }
 
-/// What the driver knows of one row of x.
+/// What the driver knows of one row of x, or of one group of k of it.
 struct Activation {
   float scale;       ///< s_x; float32 activations: 1, or NaN where the row is not finite.
   std::int32_t sum;  ///< Of the int8 codes where offset_codes is set, otherwise 0. store subtracts it.
+};
+
+/// Weights with a scale per group of k: the sums of every group are exact on their own, then scaled and added up in
+/// order as floats, sum += float(sum of the group - x.sum) * (x.scale * w_scale).
+struct Groups {
+  std::int64_t k;         ///< Of a group: a multiple of 32. The last one may be shorter, by whole steps.
+  const Activation* x;    ///< [group][token]
+  std::int64_t x_stride;  ///< From one group to the next.
+  const float* w_scale;   ///< [group][row] of the rows that are multiplied together; of several streams [stream] first.
 };
 
 /// A block of finished sums, and where they go. Arrays over rows are readable up to a multiple of 16 of them.
@@ -34,15 +42,15 @@ struct StoreBlock {
   std::int64_t sums_stride;  ///< From one token to the next; a multiple of 16.
   std::int64_t tokens;
   std::int64_t rows;      ///< Adjacent output features.
-  const Activation* x;    ///< One for each token.
-  const float* w_scale;   ///< One for each row.
+  const Activation* x;    ///< One for each token; null: sums are floats, scaled already.
+  const float* w_scale;   ///< One for each row, where x is.
   const float* bias;      ///< One for each row, or null.
   std::byte* y;           ///< Of the first token and row.
   std::int64_t y_stride;  ///< Bytes from one token to the next.
   DType dtype;            ///< Of y.
 };
 
-/// What reads packed weights of one layout.
+/// What reads packed weights of one layout. With `groups` (null: none; 2 bits only) all sums are floats.
 struct LayoutFunctions {
   /// Unpacks steps [step_begin, step_end) of `rows` <= PanelFunctions::rows packed rows that begin at a tile; absent
   /// rows may become anything. Returns nonzero where a code is invalid.
@@ -51,21 +59,21 @@ struct LayoutFunctions {
                                         std::int64_t step_begin, std::int64_t step_end, void* panel);
   UnpackPanel unpack_panel = nullptr;
 
-  /// sums[token * direct_rows + row] = `rows` <= direct_rows packed rows, which begin at a tile, times packed tokens,
-  /// all k at once. Returns nonzero where a code is invalid.
-  using Direct = std::uint32_t (*)(const std::uint8_t* tiles, std::int64_t payload_row_bytes, std::int64_t rows,
-                                   std::int64_t steps, const void* packed_tokens, std::int64_t tokens, void* sums);
+  /// sums[token * kTileRows + row] = a tile of `rows` packed rows times packed tokens, all k at once. Returns nonzero
+  /// where a code is invalid.
+  using Direct = std::uint32_t (*)(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps,
+                                   const void* packed_tokens, std::int64_t tokens, const Groups* groups, void* sums);
   Direct direct = nullptr;
 
   /// Up to so many tokens direct_streams is used instead of direct.
   std::int64_t stream_tokens = 0;
 
   /// sums[(stream * tokens + token) * sums_stride + row] = streams_of(tokens) runs of `count` adjacent full tiles times
-  /// packed tokens. The runs are far from each other in memory, which serves several streams faster than one. Returns
-  /// nonzero where a code is invalid.
+  /// packed tokens. The runs are far from each other in memory, which serves several streams faster than one. With
+  /// groups, count is 1 and sums_stride kTileRows. Returns nonzero where a code is invalid.
   using DirectStreams = std::uint32_t (*)(const std::uint8_t* const* runs, std::int64_t count, std::int64_t steps,
-                                          const void* packed_tokens, std::int64_t tokens, void* sums,
-                                          std::int64_t sums_stride);
+                                          const void* packed_tokens, std::int64_t tokens, const Groups* groups,
+                                          void* sums, std::int64_t sums_stride);
   DirectStreams direct_streams = nullptr;
 };
 
@@ -73,13 +81,14 @@ struct LayoutFunctions {
 struct PanelFunctions {
   std::int64_t rows = 0;        ///< Output rows that gemm computes together; a multiple of kTileRows.
   std::int64_t token_tile = 0;  ///< Most rows of x that gemm computes together.
-  /// Most k that one unpacked panel covers (80, a multiple of both layouts' steps, where it is less).
+  /// Most k that one unpacked panel covers (whole groups, and whole steps of both layouts, where those are more).
   std::int64_t k_block = 0;
   std::int64_t element = 0;  ///< Bytes of one weight.
 
-  /// sums[token * rows + row] += sum over k of panel and packed tokens.
+  /// sums[token * rows + row] += sum over k of panel and packed tokens. With `groups`, of which the first begins with
+  /// the panel, sums are floats.
   void (*gemm)(const void* panel, const void* packed_tokens, std::int64_t tokens, std::int64_t k_count,
-               void* sums) = nullptr;
+               const Groups* groups, void* sums) = nullptr;
 };
 
 struct TileFunctions {
@@ -92,17 +101,11 @@ struct TileFunctions {
   /// Weights are multiplied as codes w + 1: Activation::sum, taken off every sum at the end, takes the 1 off again.
   bool offset_codes;
 
-  /// Bits of the largest magnitude of `count` floats; at or above those of infinity where one is not finite.
-  std::uint32_t (*absmax)(const float* x, std::int64_t count);
-
-  /// int8 only. codes = clamp(round(x / scale), -128, 127), 0 where scale is NaN; returns their sum.
-  std::int32_t (*quantize)(const float* x, std::int64_t count, float scale, std::int8_t* codes);
-
   /// Reorders `tokens` rows of x, `row_stride` bytes apart, k_count activations each (a multiple of 16, at 1.6 bits of
   /// 4), as gemm and direct read them.
   void (*pack_tokens)(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed);
 
-  /// y = float(sums - x.sum) * (x.scale * w_scale) + bias.
+  /// y = float(sums - x.sum) * (x.scale * w_scale) + bias, or sums + bias.
   void (*store)(const StoreBlock& block);
 
   // ---- weights ----
@@ -110,7 +113,6 @@ struct TileFunctions {
   /// Most rows of x that direct computes together, up to kMostDirectTokens. Up to as many, direct is used instead of
   /// panels; without panels it serves any number of rows, so many at a time. 0: there is no direct.
   std::int64_t direct_tokens = 0;
-  std::int64_t direct_rows = kTileRows;  ///< Output rows that direct computes together; a multiple of kTileRows.
 
   PanelFunctions panels = {};  ///< Without gemm there are none.
 

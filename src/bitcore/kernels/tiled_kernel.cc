@@ -4,16 +4,19 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "bitcore/base/aligned_array.h"
 #include "bitcore/base/arena.h"
 #include "bitcore/base/checks.h"
 #include "bitcore/base/math.h"
 #include "bitcore/base/parallel.h"
+#include "bitcore/base/scales.h"
 #include "bitcore/kernels/base3_recode-inl.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/packing/packing_internal.h"
 #include "bitcore/quantize/quantize-inl.h"
+#include "bitcore/quantize/row_functions.h"
 
 namespace bitcore {
 namespace {
@@ -42,20 +45,26 @@ constexpr std::size_t kStackBytes = 8192;
 
 // Sums of packed weights that are kept before they are stored together: while outputs are written, nothing is read.
 constexpr std::int64_t kKeptSums = 4096;
-static_assert(kKeptSums >= kMostDirectTokens * kMostDirectRows);
+static_assert(kKeptSums >= kMostDirectTokens * kTileRows);
 
 // Rows that are stored together at most.
 constexpr std::int64_t kMostStoredRows = kKeptSums / kMostStreams;
+
+// Scales per group that are fetched ahead.
+constexpr std::int64_t kPrefetchedScaleBytes = std::int64_t{8} << 10;
 
 // Lanes of store.
 constexpr std::int64_t kLanes = 16;
 
 // How one call is cut into pieces: a function of its sizes alone.
 struct Plan {
-  Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, int threads)
-      : macs(tokens * shape.in_features * shape.out_features) {
+  Plan(const TileFunctions& f, std::int64_t tokens, const PackedShape& shape, const BitQuantConfig& config, int threads)
+      : macs(tokens * shape.in_features * shape.out_features),
+        grouped(config.weight_granularity == Granularity::per_group) {
     choose_way(f, tokens, shape.layout);
     measure_rows(f, shape);
+    group_k = grouped ? config.group_size : k_padded;
+    groups = ceil_div(k_padded, group_k);
     size_k_block(f, shape.layout);
     most_threads = static_cast<int>(std::clamp<std::int64_t>(macs / kMacsPerThread, 1, std::max(1, threads)));
     size_token_block(f, tokens);
@@ -66,6 +75,7 @@ struct Plan {
   std::int64_t first_row(std::int64_t panel) const { return panel * units / panels * panel_unit; }
 
   std::int64_t macs;  // multiply-adds of the call
+  bool grouped;       // weights have scales per group
 
   // ---- the way: few tokens times packed weights, many times unpacked panels ----
   bool direct;              // packed weights are multiplied as they are
@@ -78,6 +88,8 @@ struct Plan {
   std::int64_t k_padded;
   std::int64_t row_bytes;    // of a row of activations in row-major form
   std::int64_t token_bytes;  // of a row of packed activations
+  std::int64_t group_k;      // k that share a scale
+  std::int64_t groups;       // of a row, with its padding
   std::int64_t k_block;
   std::int64_t block_tokens;  // packed and multiplied before the next ones
 
@@ -93,9 +105,9 @@ struct Plan {
   void choose_way(const TileFunctions& f, std::int64_t tokens, Layout layout) {
     direct = f.panels.gemm == nullptr || tokens <= f.direct_tokens;
     token_tile = direct ? f.direct_tokens : f.panels.token_tile;
-    panel_unit = direct ? f.direct_rows : f.panels.rows;
+    panel_unit = direct ? kTileRows : f.panels.rows;
     const LayoutFunctions& functions = f.layout(layout);
-    const bool reads_it = direct ? functions.direct != nullptr : functions.unpack_panel != nullptr;
+    const bool reads_it = direct ? functions.direct != nullptr && !grouped : functions.unpack_panel != nullptr;
     recode = layout == Layout::base3 && !reads_it;
   }
 
@@ -106,11 +118,11 @@ struct Plan {
     token_bytes = k_padded * f.token_element;
   }
 
-  // Blocks of equal size, up to one step of the layout.
+  // Blocks of equal size, up to one step of the layout, or to one group.
   void size_k_block(const TileFunctions& f, Layout layout) {
     k_block = k_padded;
     if (direct) return;
-    const std::int64_t unit = layout == Layout::base3 ? kBlockCodes : kStepCodes;
+    const std::int64_t unit = std::lcm(layout == Layout::base3 ? kBlockCodes : kStepCodes, grouped ? group_k : 1);
     const std::int64_t most = std::max(unit, f.panels.k_block / unit * unit);
     k_block = round_up(ceil_div(k_padded, ceil_div(k_padded, most)), unit);
   }
@@ -157,7 +169,7 @@ struct alignas(kCacheLine) NextUnit {
 
 // A block of tokens as the tile functions read it.
 struct PackedTokens {
-  Activation* activations;  // one for each token
+  Activation* activations;  // of one tile of tokens after the other, [group][token]
   std::byte* codes;
 };
 
@@ -169,13 +181,14 @@ struct Buffers {
     float* floats;    // a row of x, widened
     std::byte* rows;  // rows of activations, row-major
     std::uint8_t* recoded;
+    float* group_scales;  // Groups::w_scale
     std::byte* panel;
     std::int32_t* sums;
   };
 
   Buffers(const TileFunctions& f, const Plan& plan, const PackedShape& shape, Arena& arena) {
     const std::int64_t padded_rows = round_up(shape.out_features, kLanes);
-    w_scale = arena.take<float>(padded_rows);
+    w_scale = arena.take<float>(plan.grouped ? 0 : padded_rows);
     bias = arena.take<float>(padded_rows);
     next = arena.take<NextUnit>(plan.most_threads);
     if (!plan.own_x) x = take_x(plan, arena);
@@ -198,7 +211,7 @@ struct Buffers {
  private:
   static PackedTokens take_x(const Plan& plan, Arena& arena) {
     PackedTokens taken{};
-    taken.activations = arena.take<Activation>(plan.block_tokens);
+    taken.activations = arena.take<Activation>(plan.block_tokens * plan.groups);
     taken.codes = arena.take<std::byte>(plan.block_tokens * plan.token_bytes);
     return taken;
   }
@@ -210,6 +223,10 @@ struct Buffers {
     thread.rows = arena.take<std::byte>(std::min(plan.token_tile, plan.block_tokens) * plan.row_bytes);
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
     if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_unit * plan.k_block / 4 + kTrailerBytes);
+    if (plan.grouped) {
+      const std::int64_t rows = plan.direct ? kMostStreams * kTileRows : f.panels.rows;
+      thread.group_scales = arena.take<float>(ceil_div(plan.k_block, plan.group_k) * rows);
+    }
     if (plan.direct) return thread;
     thread.panel = arena.take<std::byte>(plan.k_block * f.panels.rows * f.panels.element);
     thread.sums = arena.take<std::int32_t>(plan.block_tokens * f.panels.rows);
@@ -233,18 +250,21 @@ class Run {
         buffers_(functions, plan, shape, arena),
         tokens_(args.x.rows),
         in_features_(args.x.cols),
-        one_scale_(args.qweight_scale.size() == 1),
+        one_scale_(args.qweight_scale.size == 1),
         w_scale_(buffers_.w_scale),
         payload_(static_cast<const std::uint8_t*>(args.qweight.data)) {
     // Registers of outputs read on after the last row: what the caller's arrays lack there is copied. What is not
     // copied has not to be fetched either: a call that streams weights finds little of the last one in the cache.
     const std::int64_t rows = shape.out_features, padded = round_up(rows, kLanes);
-    if (one_scale_) {
-      std::fill_n(buffers_.w_scale, std::min(padded, kMostStoredRows), args.qweight_scale[0]);
+    const auto* scale = static_cast<const float*>(args.qweight_scale.data);
+    if (plan.grouped) {
+      w_scale_ = nullptr;
+    } else if (one_scale_) {
+      std::fill_n(buffers_.w_scale, std::min(padded, kMostStoredRows), scale[0]);
     } else if (rows == padded) {
-      w_scale_ = args.qweight_scale.data();
+      w_scale_ = scale;
     } else {
-      std::copy(args.qweight_scale.begin(), args.qweight_scale.end(), buffers_.w_scale);
+      std::copy_n(scale, rows, buffers_.w_scale);
       std::fill(buffers_.w_scale + rows, buffers_.w_scale + padded, 0.0f);
     }
     if (args.bias && args.bias.dtype == DType::float32 && rows == padded) {
@@ -265,6 +285,7 @@ class Run {
       multiply_block(begin, count);
     }
     if (invalid_.load(std::memory_order_relaxed) != 0) fail_invalid_code();
+    if (args_.check_scales && unusable_.load(std::memory_order_relaxed)) fail_unusable_scale(args_.qweight_scale);
     return tile_calls_.load(std::memory_order_relaxed);
   }
 
@@ -280,6 +301,7 @@ class Run {
   bool is_int8() const { return f_.activation_dtype == ActivationDtype::int8; }
   bool has_codes() const { return !args_.x_scale.empty(); }
   bool per_tensor() const { return args_.config.activation_granularity == Granularity::per_tensor; }
+  bool per_group() const { return args_.config.activation_granularity == Granularity::per_group; }
 
   Thread thread_buffers(int index) const { return buffers_.thread(f_, plan_, arena_, index); }
 
@@ -349,7 +371,7 @@ class Run {
     for_each_unit(ceil_div(tokens_, unit_rows), [&](std::int64_t unit, const Thread& thread) {
       std::uint32_t found = 0;
       for (std::int64_t m = unit * unit_rows; m < std::min(tokens_, (unit + 1) * unit_rows); ++m) {
-        found = std::max(found, f_.absmax(float_row(m, thread.floats), in_features_));
+        found = std::max(found, row_functions().absmax(float_row(m, thread.floats), in_features_));
       }
       std::uint32_t seen = largest.load(std::memory_order_relaxed);
       while (seen < found && !largest.compare_exchange_weak(seen, found, std::memory_order_relaxed)) {
@@ -358,31 +380,54 @@ class Run {
     tensor_scale_ = x_scale_of(largest.load(std::memory_order_relaxed));
   }
 
-  // Writes one row of activations, zero padded, as pack_tokens reads it.
-  Activation prepare_row(std::int64_t token, float* buffer, std::byte* out) const {
+  // Writes one row of activations, zero padded, as pack_tokens reads it, and the Activations of its groups, `stride`
+  // apart.
+  void prepare_row(std::int64_t token, float* buffer, std::byte* out, Activation* activations,
+                   std::int64_t stride) const {
     const std::int64_t used = in_features_ * plan_.x_element;
     std::memset(out + used, 0, static_cast<std::size_t>(plan_.row_bytes - used));
-    if (has_codes()) return copy_codes(token, reinterpret_cast<std::int8_t*>(out));
-    const float* x = float_row(token, buffer);
-    if (!is_int8()) {
-      std::memcpy(out, x, static_cast<std::size_t>(in_features_) * sizeof(float));
-      const bool finite = f_.absmax(x, in_features_) < kInfinityBits;
-      return {finite ? 1.0f : quiet_nan(), 0};
+    const float* x = has_codes() ? nullptr : float_row(token, buffer);
+    const float row_scale = has_codes() || per_group() ? 0.0f : scale_of_row(x);
+    for (std::int64_t group = 0; group < plan_.groups; ++group, activations += stride) {
+      const std::int64_t first = group * plan_.group_k;
+      const std::int64_t count = std::min(plan_.group_k, in_features_ - first);
+      if (count <= 0) {  // padding
+        *activations = {0.0f, 0};
+      } else if (has_codes()) {
+        *activations = copy_codes(token, group, first, count, reinterpret_cast<std::int8_t*>(out));
+      } else if (!is_int8()) {
+        std::memcpy(out + first * plan_.x_element, x + first, static_cast<std::size_t>(count) * sizeof(float));
+        *activations = {row_scale, 0};
+      } else {
+        const float scale = per_group() ? x_scale_of(row_functions().absmax(x + first, count)) : row_scale;
+        auto* codes = reinterpret_cast<std::int8_t*>(out) + first;
+        const std::int32_t sum = row_functions().quantize_x(x + first, count, scale, codes);
+        *activations = {scale, f_.offset_codes ? sum : 0};
+      }
     }
-    const float scale = per_tensor() ? tensor_scale_ : x_scale_of(f_.absmax(x, in_features_));
-    const std::int32_t sum = f_.quantize(x, in_features_, scale, reinterpret_cast<std::int8_t*>(out));
-    return {scale, f_.offset_codes ? sum : 0};
   }
 
-  Activation copy_codes(std::int64_t token, std::int8_t* out) const {
-    const auto* codes = reinterpret_cast<const std::int8_t*>(args_.x.row(token));
-    std::memcpy(out, codes, static_cast<std::size_t>(in_features_));
+  // The one scale of a row; float32 activations: 1, or NaN.
+  float scale_of_row(const float* x) const {
+    if (is_int8() && per_tensor()) return tensor_scale_;
+    const std::uint32_t absmax = row_functions().absmax(x, in_features_);
+    if (is_int8()) return x_scale_of(absmax);
+    return absmax < kInfinityBits ? 1.0f : quiet_nan();
+  }
+
+  Activation copy_codes(std::int64_t token, std::int64_t group, std::int64_t first, std::int64_t count,
+                        std::int8_t* out) const {
+    const auto* codes = reinterpret_cast<const std::int8_t*>(args_.x.row(token)) + first;
+    std::memcpy(out + first, codes, static_cast<std::size_t>(count));
     std::int32_t sum = 0;
-    for (std::int64_t k = 0; f_.offset_codes && k < in_features_; ++k) sum += codes[k];
-    return {per_tensor() ? tensor_scale_ : args_.x_scale[static_cast<std::size_t>(token)], sum};
+    for (std::int64_t k = 0; f_.offset_codes && k < count; ++k) sum += codes[k];
+    if (per_tensor()) return {tensor_scale_, sum};
+    const std::int64_t scales = per_group() ? weight_groups(in_features_, args_.config) : 1;  // of a row
+    return {args_.x_scale[static_cast<std::size_t>(token * scales + (per_group() ? group : 0))], sum};
   }
 
-  // Finished sums of `tokens` adjacent tokens from `token` on, whose Activations begin at `x`.
+  // Finished sums of `tokens` adjacent tokens from `token` on, whose Activations begin at `x`; of groups they are
+  // scaled.
   void store(const std::int32_t* sums, std::int64_t sums_stride, std::int64_t token, std::int64_t tokens,
              std::int64_t row, std::int64_t rows, const Activation* x) const {
     const auto element = static_cast<std::int64_t>(size_of(args_.y.dtype));
@@ -390,8 +435,8 @@ class Run {
               .sums_stride = sums_stride,
               .tokens = tokens,
               .rows = rows,
-              .x = x,
-              .w_scale = w_scale_ + (one_scale_ ? 0 : row),
+              .x = plan_.grouped ? nullptr : x,
+              .w_scale = w_scale_ + (plan_.grouped || one_scale_ ? 0 : row),
               .bias = bias_ == nullptr ? nullptr : bias_ + row,
               .y = args_.y.row(token) + row * element,
               .y_stride = args_.y.row_stride * element,
@@ -411,6 +456,11 @@ class Run {
     return x.codes + (k * count + first * k_count) * f_.token_element;
   }
 
+  // Those of the tile that begins at token `first` of a block.
+  Activation* activations_of(const PackedTokens& x, std::int64_t first) const {
+    return x.activations + first * plan_.groups;
+  }
+
   std::int64_t k_count(std::int64_t k) const { return std::min(plan_.k_block, plan_.k_padded - k); }
 
   void pack_block(std::int64_t begin, std::int64_t count) {
@@ -423,7 +473,8 @@ class Run {
   void pack_tile(std::int64_t begin, std::int64_t first, std::int64_t last, std::int64_t count,
                  const Thread& thread) const {
     for (std::int64_t m = first; m < last; ++m) {
-      thread.x.activations[m] = prepare_row(begin + m, thread.floats, thread.rows + (m - first) * plan_.row_bytes);
+      prepare_row(begin + m, thread.floats, thread.rows + (m - first) * plan_.row_bytes,
+                  activations_of(thread.x, first) + m - first, last - first);
     }
     for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
       f_.pack_tokens(thread.rows + k * plan_.x_element, plan_.row_bytes, last - first, k_count(k),
@@ -457,12 +508,13 @@ class Run {
     std::int64_t row, rows;
   };
 
-  // A tile of tokens, packed, and where its sums go before they are stored.
+  // A tile of tokens, packed, and where its sums and the scales of weights that it meets go.
   struct TokenTile {
     std::int64_t token, tokens;
     const std::byte* packed;
     const Activation* x;
     std::int32_t* sums;
+    float* group_scales;
   };
 
   const LayoutFunctions& layout() const { return f_.layout(shape_.layout); }
@@ -470,9 +522,34 @@ class Run {
   // Tile `tile` of a block of tokens.
   TokenTile token_tile(std::int64_t tile, const TokenTiles& of, const Thread& thread, std::int32_t* sums) const {
     const std::int64_t first = first_token(tile, of.count);
-    return {of.block + first, first_token(tile + 1, of.count) - first,
-            packed_tile(thread.x, 0, plan_.k_padded, first, of.count), thread.x.activations + first, sums};
+    return {of.block + first,
+            first_token(tile + 1, of.count) - first,
+            packed_tile(thread.x, 0, plan_.k_padded, first, of.count),
+            activations_of(thread.x, first),
+            sums,
+            thread.group_scales};
   }
+
+  // The scales of groups [group, group + count) of `rows` rows from `row` on, [group][out_rows], whose padding is 0.
+  void copy_group_scales(std::int64_t row, std::int64_t rows, std::int64_t group, std::int64_t count, float* out,
+                         std::int64_t out_rows) {
+    const std::int64_t row_groups = weight_groups(in_features_, args_.config);
+    const std::int64_t present = std::min(count, row_groups - group);
+    const auto* scales = static_cast<const std::uint16_t*>(args_.qweight_scale.data) + row * row_groups + group;
+    if (rows < out_rows || present < count) std::fill_n(out, count * out_rows, 0.0f);
+    if (row_functions().transpose_scales(scales, row_groups, rows, present, out, out_rows) != 0) {
+      unusable_.store(true, std::memory_order_relaxed);
+    }
+    // Those of the next rows, probably: the hardware does not see a stream in pieces that are so far apart.
+    if (present == row_groups && rows == kTileRows) {
+      const std::uint16_t* next = scales + rows * row_groups;
+      const std::int64_t bytes = std::min(kPrefetchedScaleBytes, 2 * rows * row_groups);
+      for (std::int64_t i = 0; i < bytes / 2; i += 32) __builtin_prefetch(next + i);
+    }
+  }
+
+  // All groups of a tile of tokens, whose scales have been copied to `w_scale`.
+  Groups groups_of(const TokenTile& t) const { return {plan_.group_k, t.x, t.tokens, t.group_scales}; }
 
   // Packed weights are multiplied as they are: every tile of tokens reads all of the panel.
   std::uint32_t multiply_packed(std::int64_t row, std::int64_t rows, const TokenTiles& of, const Thread& thread) {
@@ -489,7 +566,7 @@ class Run {
       const std::int64_t streamed = multiply_streams(w, t, invalid);
       invalid |= multiply_rows(w, streamed, t);
     }
-    count_tile_calls(ceil_div(rows, f_.direct_rows) * (of.end - of.begin));
+    count_tile_calls(ceil_div(rows, kTileRows) * (of.end - of.begin));
     return invalid;
   }
 
@@ -502,20 +579,24 @@ class Run {
   }
 
   // Rows [first, rows) of the panel times a tile of tokens: so many sums at a time as are kept, then stored.
-  std::uint32_t multiply_rows(const PackedRows& w, std::int64_t first, const TokenTile& t) const {
-    const std::int64_t kept_rows = kKeptSums / (t.tokens * f_.direct_rows) * f_.direct_rows;
+  std::uint32_t multiply_rows(const PackedRows& w, std::int64_t first, const TokenTile& t) {
+    const Groups groups = groups_of(t);
+    const std::int64_t kept_rows = kKeptSums / (t.tokens * kTileRows) * kTileRows;
     std::uint32_t invalid = 0;
     for (std::int64_t kept = first; kept < w.rows; kept += kept_rows) {
       const std::int64_t end = std::min(w.rows, kept + kept_rows);
-      for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
-        const std::int64_t group_rows = std::min(f_.direct_rows, end - r);
+      for (std::int64_t r = kept; r < end; r += kTileRows) {
+        const std::int64_t group_rows = std::min(kTileRows, end - r);
         prefetch_outputs(t.token, t.tokens, w.row + r, group_rows);
-        invalid |= w.direct(w.tiles + r * w.row_bytes, w.row_bytes, group_rows, w.steps, t.packed, t.tokens,
-                            t.sums + (r - kept) * t.tokens);
+        if (plan_.grouped) {
+          copy_group_scales(w.row + r, group_rows, 0, plan_.groups, t.group_scales, kTileRows);
+        }
+        invalid |= w.direct(w.tiles + r * w.row_bytes, group_rows, w.steps, t.packed, t.tokens,
+                            plan_.grouped ? &groups : nullptr, t.sums + (r - kept) * t.tokens);
       }
-      for (std::int64_t r = kept; r < end; r += f_.direct_rows) {
-        store(t.sums + (r - kept) * t.tokens, f_.direct_rows, t.token, t.tokens, w.row + r,
-              std::min(f_.direct_rows, end - r), t.x);
+      for (std::int64_t r = kept; r < end; r += kTileRows) {
+        store(t.sums + (r - kept) * t.tokens, kTileRows, t.token, t.tokens, w.row + r, std::min(kTileRows, end - r),
+              t.x);
       }
     }
     return invalid;
@@ -523,16 +604,22 @@ class Run {
 
   // Few tokens times as many of the first rows as make equal runs of full tiles, which are read side by side. Returns
   // their number: 0 where the tokens are too many, or the kernel has no streams.
-  std::int64_t multiply_streams(const PackedRows& w, const TokenTile& t, std::uint32_t& invalid) const {
-    if (t.tokens > layout().stream_tokens) return 0;
+  std::int64_t multiply_streams(const PackedRows& w, const TokenTile& t, std::uint32_t& invalid) {
+    if (plan_.recode || t.tokens > layout().stream_tokens) return 0;
+    const Groups groups = groups_of(t);
     const std::int64_t streams = streams_of(t.tokens);
     const std::int64_t run = w.rows / (streams * kTileRows) * kTileRows;
-    const std::int64_t kept_rows = kKeptSums / (streams * t.tokens) / kTileRows * kTileRows;
+    const std::int64_t kept_rows = plan_.grouped ? kTileRows : kKeptSums / (streams * t.tokens) / kTileRows * kTileRows;
     for (std::int64_t kept = 0; kept < run; kept += kept_rows) {
       const std::int64_t count = std::min(run - kept, kept_rows);
       const std::uint8_t* runs[kMostStreams];
       for (std::int64_t s = 0; s < streams; ++s) runs[s] = w.tiles + (s * run + kept) * w.row_bytes;
-      invalid |= layout().direct_streams(runs, count / kTileRows, w.steps, t.packed, t.tokens, t.sums, kept_rows);
+      for (std::int64_t s = 0; plan_.grouped && s < streams; ++s) {
+        copy_group_scales(w.row + s * run + kept, kTileRows, 0, plan_.groups,
+                          t.group_scales + s * plan_.groups * kTileRows, kTileRows);
+      }
+      invalid |= layout().direct_streams(runs, count / kTileRows, w.steps, t.packed, t.tokens,
+                                         plan_.grouped ? &groups : nullptr, t.sums, kept_rows);
       for (std::int64_t s = 0; s < streams; ++s) {
         store(t.sums + s * t.tokens * kept_rows, kept_rows, t.token, t.tokens, w.row + s * run + kept, count, t.x);
       }
@@ -546,16 +633,22 @@ class Run {
     std::uint32_t invalid = 0;
     for (std::int64_t k = 0; k < plan_.k_padded; k += plan_.k_block) {
       invalid |= unpack_panel(row, rows, k, thread);
+      if (plan_.grouped) {
+        copy_group_scales(row, rows, k / plan_.group_k, ceil_div(k_count(k), plan_.group_k), thread.group_scales,
+                          f_.panels.rows);
+      }
       for (std::int64_t tile = of.begin; tile < of.end; ++tile) {
         const std::int64_t first = first_token(tile, of.count);
         const std::int64_t tokens = first_token(tile + 1, of.count) - first;
         std::int32_t* sums = thread.sums + (first - base) * f_.panels.rows;
-        const Activation* x = thread.x.activations + first;
+        const Activation* x = activations_of(thread.x, first);
         if (k == 0) std::fill_n(sums, tokens * f_.panels.rows, 0);  // the bits of int32 and float zero are the same
         const bool last_block = k + plan_.k_block >= plan_.k_padded;
         if (last_block) prefetch_outputs(of.block + first, tokens, row, rows);
         prefetch_weights(row, k, tile - of.begin, of.end - of.begin);
-        f_.panels.gemm(thread.panel, packed_tile(thread.x, k, k_count(k), first, of.count), tokens, k_count(k), sums);
+        const Groups groups = {plan_.group_k, x + k / plan_.group_k * tokens, tokens, thread.group_scales};
+        f_.panels.gemm(thread.panel, packed_tile(thread.x, k, k_count(k), first, of.count), tokens, k_count(k),
+                       plan_.grouped ? &groups : nullptr, sums);
         if (last_block) store(sums, f_.panels.rows, of.block + first, tokens, row, rows, x);
       }
     }
@@ -631,6 +724,7 @@ class Run {
   const std::uint8_t* const payload_;
   float tensor_scale_ = 0.0f;
   std::atomic<std::uint32_t> invalid_{0};
+  std::atomic<bool> unusable_{false};  // a scale of a group
   std::atomic<std::uint64_t> tile_calls_{0};
 };
 
@@ -643,19 +737,19 @@ std::size_t bytes_of(const TileFunctions& f, const Plan& plan, const PackedShape
 }  // namespace
 
 // More tokens take no less memory, but for the two counts at which a call goes another way.
-std::size_t TiledKernel::workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig&,
+std::size_t TiledKernel::workspace_size(std::int64_t tokens, const PackedShape& shape, const BitQuantConfig& config,
                                         int threads) const {
   std::size_t bytes = 0;
   for (const std::int64_t count : {tokens, functions_.direct_tokens, functions_.panels.token_tile}) {
     if (count < 1 || count > tokens) continue;
-    bytes = std::max(bytes, bytes_of(functions_, Plan(functions_, count, shape, threads), shape));
+    bytes = std::max(bytes, bytes_of(functions_, Plan(functions_, count, shape, config, threads), shape));
   }
   return bytes;
 }
 
 void TiledKernel::operator()(const LinearArgs& args) const {
   if (args.x.rows == 0) return;
-  const Plan plan(functions_, args.x.rows, args.shape, threads_of(*args.executor));
+  const Plan plan(functions_, args.x.rows, args.shape, args.config, threads_of(*args.executor));
   const auto run = [&](std::byte* memory) {
     count_tiles(Run(functions_, args, args.shape, plan, Arena(memory)).run());
   };

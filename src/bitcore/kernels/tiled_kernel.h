@@ -17,7 +17,7 @@ class TiledKernel final : public BitKernelBase {
   TiledKernel(std::string_view name, std::string_view requirement, bool supported, std::string_view path,
               const TileFunctions& functions)
       : name_(name), requirement_(requirement), path_(path), supported_(supported), functions_(functions) {
-    assert(functions.direct_tokens <= kMostDirectTokens && functions.direct_rows <= kMostDirectRows);
+    assert(functions.direct_tokens <= kMostDirectTokens);
   }
 
   std::string_view name() const override { return name_; }

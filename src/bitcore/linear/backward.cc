@@ -1,5 +1,6 @@
-// The straight-through backward: dX = (dY * s_w) @ q_w, dW = (dY * s_x)^T @ q_x, db = sum over rows of dY. The one of
-// the engine and of both bindings.
+// The straight-through backward: dX = (dY * s_w) @ q_w, dW = (dY * s_x)^T @ q_x, db = sum over rows of dY. Where
+// weights have a scale per group, no scale can leave the sum over their columns: dX = dY @ (q_w * s_w), dW = dY^T @
+// (q_x * s_x), each product rounded once. The one of the engine and of both bindings.
 //
 // Small layers, and all where no matmul is given, by loops in float32. Others by the caller's matmul, which multiplies
 // the integer codes as floats: in float32, but in bfloat16 if dY is bfloat16 (float32 activations: dW always in
@@ -13,6 +14,7 @@
 #include "bitcore/base/aligned_array.h"
 #include "bitcore/base/checks.h"
 #include "bitcore/base/parallel.h"
+#include "bitcore/base/scales.h"
 #include "bitcore/linear/linear_internal.h"
 #include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
@@ -44,33 +46,59 @@ constexpr std::int64_t kPiece = 512;
 
 constexpr float kOne = 1.0f;
 
-// One scale for everything, or one for each row or column.
-struct Scales {
-  const float* values;
-  std::int64_t step;  // 0: one for all
-
-  explicit Scales(std::span<const float> scale) : values(scale.data()), step(scale.size() == 1 ? 0 : 1) {}
-  const float* at(std::int64_t index) const { return values + index * step; }
+// Factors of the elements of a vector: one for each, or one for all.
+struct Factors {
+  const float* values = &kOne;
+  std::int64_t step = 0;  // 0: one for all
 };
 
-// dq(x) = q_x * s_x: the codes or x itself, and their scale.
+// dq(x) = q_x * s_x: the codes or x itself, and their scales.
 struct QuantizedX {
   ConstMatrixView qx;
-  Scales scale;
+  Scales scales;
+  bool grouped;  // scales go into the codes, otherwise into dY
 
-  explicit QuantizedX(const BackwardInputs& inputs)
-      : qx(inputs.qx), scale(qx.dtype == DType::int8 ? inputs.x_scale : std::span(&kOne, 1)) {}
   bool has_codes() const { return qx.dtype == DType::int8; }
+  Factors dy_factors(std::int64_t row) const {
+    if (grouped || !has_codes()) return {};
+    return {static_cast<const float*>(scales.values.data) + row * scales.row_step, 0};
+  }
 };
 
-// dq(W) = q_w * s_w: packed codes, or the floating weight that has them with this scale.
+// dq(W) = q_w * s_w: packed codes, or the floating weight that has them with these scales.
 struct TernaryWeight {
   ConstMatrixView weight;
-  Scales scale;
+  Scales scales;
   PackedShape shape;
+  bool grouped;  // as in QuantizedX
 
   bool is_packed() const { return weight.dtype == DType::uint8; }
+  Factors dy_factors() const {
+    if (grouped) return {};
+    return {static_cast<const float*>(scales.values.data), scales.row_step};
+  }
 };
+
+// Calls visit(first, count, scale) for the pieces of columns [begin, begin + cols) of a row that share a scale; first
+// counts from begin.
+template <class Visit>
+void for_each_piece(const Scales& scales, std::int64_t row, std::int64_t begin, std::int64_t cols, const Visit& visit) {
+  for (std::int64_t k = begin; k < begin + cols;) {
+    const std::int64_t group = k / scales.group_size;
+    const std::int64_t end = std::min(begin + cols, (group + 1) * scales.group_size);
+    visit(k - begin, end - k, scales.at(row, group));
+    k = end;
+  }
+}
+
+// The codes in `values`, which are columns [begin, begin + cols) of a row, times their scales, each rounded once.
+void scale_codes(const Scales& scales, std::int64_t row, std::int64_t begin, std::int64_t cols, DType dtype,
+                 std::byte* values) {
+  for_each_piece(scales, row, begin, cols, [&](std::int64_t first, std::int64_t count, float scale) {
+    std::byte* piece = values + static_cast<std::size_t>(first) * size_of(dtype);
+    row_functions().scaled(piece, dtype, count, &scale, 0, dtype, piece);
+  });
+}
 
 // Columns [first, first + cols) of a matrix.
 template <class View>
@@ -130,25 +158,39 @@ struct FloatMatrix {
   }
 };
 
-// Row n of q_w as floats. @param codes Scratch of padded_in_features().
+// Columns [first, first + cols) of row n of q_w of a floating weight.
+void quantize_row(const TernaryWeight& w, std::int64_t n, std::int64_t first, std::int64_t cols, DType out_dtype,
+                  std::byte* out) {
+  const std::byte* weights = w.weight.row(n) + static_cast<std::size_t>(first) * size_of(w.weight.dtype);
+  for_each_piece(w.scales, n, first, cols, [&](std::int64_t begin, std::int64_t count, float scale) {
+    quantize_weights(weights + static_cast<std::size_t>(begin) * size_of(w.weight.dtype), w.weight.dtype, count, scale,
+                     out_dtype, out + static_cast<std::size_t>(begin) * size_of(out_dtype));
+  });
+}
+
+// Row n of q_w as floats, of dq(W) where it is grouped. @param codes Scratch of padded_in_features().
 void unpack_row(const TernaryWeight& w, std::int64_t n, std::uint8_t* codes, float* out) {
-  if (!w.is_packed()) {
-    return quantize_weights(w.weight.row(n), w.weight.dtype, w.weight.cols, *w.scale.at(n), DType::float32,
-                            reinterpret_cast<std::byte*>(out));
+  const std::int64_t in_features = w.shape.in_features;
+  auto* bytes = reinterpret_cast<std::byte*>(out);
+  if (w.is_packed()) {
+    unpack_code_row(static_cast<const std::uint8_t*>(w.weight.data), w.shape, n, codes);
+    code_rows().weights_of(codes, in_features, DType::float32, out);
+  } else {
+    quantize_row(w, n, 0, in_features, DType::float32, bytes);
   }
-  unpack_code_row(static_cast<const std::uint8_t*>(w.weight.data), w.shape, n, codes);
-  code_rows().weights_of(codes, w.shape.in_features, DType::float32, out);
+  if (w.grouped) scale_codes(w.scales, n, 0, in_features, DType::float32, bytes);
 }
 
 void dx_by_loops(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, Executor& executor) {
   const FloatMatrix sums(dx);
+  const Factors factors = w.dy_factors();
   parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(w.shape.padded_in_features()));
     std::vector<float> weights(static_cast<std::size_t>(dx.cols));
     std::vector<float> scaled_dy(static_cast<std::size_t>((end - begin) * dy.cols));
     for (std::int64_t m = begin; m < end; ++m) {
       std::fill_n(float_row(sums.view, m), dx.cols, 0.0f);
-      row_functions().scaled(dy.row(m), dy.dtype, dy.cols, w.scale.values, w.scale.step, DType::float32,
+      row_functions().scaled(dy.row(m), dy.dtype, dy.cols, factors.values, factors.step, DType::float32,
                              &scaled_dy[static_cast<std::size_t>((m - begin) * dy.cols)]);
     }
     for (std::int64_t n = 0; n < dy.cols; ++n) {
@@ -171,11 +213,14 @@ void dweight_by_loops(ConstMatrixView dy, const QuantizedX& x, MatrixView dweigh
     for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
     const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);
     for (std::int64_t m = 0; m < dy.rows; ++m) {
-      row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, x.scale.at(m), 0, DType::float32,
+      row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, x.dy_factors(m).values, 0, DType::float32,
                              scaled_dy.data());
       if (x.has_codes()) {
         row_functions().codes_as_floats(reinterpret_cast<const std::int8_t*>(x.qx.row(m)), dweight.cols, DType::float32,
                                         row.data());
+        if (x.grouped) {
+          scale_codes(x.scales, m, 0, dweight.cols, DType::float32, reinterpret_cast<std::byte*>(row.data()));
+        }
       } else {
         widen(x.qx.row(m), x.qx.dtype, dweight.cols, row.data());
       }
@@ -238,13 +283,22 @@ void copy_as(ConstMatrixView in, MatrixView out, Executor& executor) {
   });
 }
 
-// out = codes of columns [first, first + out.cols) as numbers.
+// out = codes of columns [first, first + out.cols) as numbers, those of dq(W) where it is grouped.
 void unpack_block(const TernaryWeight& w, std::int64_t first, MatrixView out, Executor& executor) {
-  if (w.is_packed()) return unpack_columns(w.weight, w.shape.in_features, first, out, executor);
-  const ConstMatrixView part = columns(w.weight, first, out.cols);
+  if (w.is_packed()) unpack_columns(w.weight, w.shape.in_features, first, out, executor);
+  if (w.is_packed() && !w.grouped) return;
   for_each_row(out, executor, [&](std::int64_t row) {
-    quantize_weights(part.row(row), part.dtype, out.cols, *w.scale.at(row), out.dtype, out.row(row));
+    if (!w.is_packed()) quantize_row(w, row, first, out.cols, out.dtype, out.row(row));
+    if (w.grouped) scale_codes(w.scales, row, first, out.cols, out.dtype, out.row(row));
   });
+}
+
+// out = columns [first, first + out.cols) of x: its codes, or those of dq(x) where it is grouped.
+void copy_block(const QuantizedX& x, std::int64_t first, MatrixView out, Executor& executor) {
+  copy_as(columns(x.qx, first, out.cols), out, executor);
+  if (!x.grouped || !x.has_codes()) return;
+  for_each_row(out, executor,
+               [&](std::int64_t row) { scale_codes(x.scales, row, first, out.cols, out.dtype, out.row(row)); });
 }
 
 // A gradient, left @ codes or left^T @ codes, that is computed in blocks of columns. If it has another dtype than left
@@ -317,8 +371,9 @@ DType operand_dtype(ConstMatrixView dy) { return dy.dtype == DType::bfloat16 ? D
 void dx_by_matmul(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, const Matmul& matmul, Executor& executor) {
   Scratch scaled_dy(dy.rows, dy.cols, operand_dtype(dy));
   const MatrixView left = scaled_dy.view();
+  const Factors factors = w.dy_factors();
   for_each_row(left, executor, [&](std::int64_t row) {
-    row_functions().scaled(dy.row(row), dy.dtype, dy.cols, w.scale.values, w.scale.step, left.dtype, left.row(row));
+    row_functions().scaled(dy.row(row), dy.dtype, dy.cols, factors.values, factors.step, left.dtype, left.row(row));
   });
   BlockedProduct product(left, /*transposed=*/false, dx, kWeightBlockBytes, matmul, executor);
   product.run([&](std::int64_t first, MatrixView codes) { unpack_block(w, first, codes, executor); });
@@ -329,11 +384,10 @@ void dweight_by_matmul(ConstMatrixView dy, const QuantizedX& x, MatrixView dweig
   Scratch scaled_dy(dy.rows, dy.cols, x.has_codes() ? operand_dtype(dy) : DType::float32);
   const MatrixView left = scaled_dy.view();
   for_each_row(left, executor, [&](std::int64_t row) {
-    row_functions().scaled(dy.row(row), dy.dtype, dy.cols, x.scale.at(row), 0, left.dtype, left.row(row));
+    row_functions().scaled(dy.row(row), dy.dtype, dy.cols, x.dy_factors(row).values, 0, left.dtype, left.row(row));
   });
   BlockedProduct product(left, /*transposed=*/true, dweight, kXBlockBytes, matmul, executor);
-  product.run(
-      [&](std::int64_t first, MatrixView codes) { copy_as(columns(x.qx, first, codes.cols), codes, executor); });
+  product.run([&](std::int64_t first, MatrixView codes) { copy_block(x, first, codes, executor); });
 }
 
 // ---- arguments -----------------------------------------------------------------------------------------------------
@@ -343,6 +397,8 @@ void check_gradient(MatrixView gradient, std::int64_t rows, std::int64_t cols, c
   check_shape(gradient.rows, gradient.cols, rows, cols, argument);
 }
 
+bool is_grouped(const BitQuantConfig& config) { return config.weight_granularity == Granularity::per_group; }
+
 // qx and its scale, as dweight needs them.
 QuantizedX checked_x(const BackwardInputs& inputs, std::int64_t rows, const BitQuantConfig& config) {
   const bool int8 = config.activation_dtype == ActivationDtype::int8;
@@ -351,26 +407,29 @@ QuantizedX checked_x(const BackwardInputs& inputs, std::int64_t rows, const BitQ
   check_shape(inputs.qx.rows, inputs.qx.cols, rows, inputs.qx.cols, "qx");
   check_view(inputs.qx, "qx");
   check_span(inputs.x_scale, "x_scale");
-  check_size(static_cast<std::int64_t>(inputs.x_scale.size()), int8 ? x_scale_size(rows, config) : 0, "x_scale");
-  return QuantizedX(inputs);
+  if (inputs.qx.cols < 1) fail("qx has shape (", rows, ", ", inputs.qx.cols, "), expected at least one column");
+  check_size(static_cast<std::int64_t>(inputs.x_scale.size()), int8 ? x_scale_size(rows, inputs.qx.cols, config) : 0,
+             "x_scale");
+  return {inputs.qx, x_scales(inputs.x_scale, inputs.qx.cols, config), is_grouped(config)};
 }
 
 // qweight and its scale, as dx needs them. @param packed Takes the bytes of plain int8 codes.
 TernaryWeight checked_weight(const BackwardInputs& inputs, const BitQuantConfig& config,
                              std::vector<std::uint8_t>& packed) {
-  TernaryWeight w{inputs.qweight, Scales(inputs.qweight_scale), {}};
-  if (w.weight.dtype == DType::uint8) {
-    w.shape = read_trailer(w.weight);
+  ConstMatrixView weight = inputs.qweight;
+  PackedShape shape;
+  if (weight.dtype == DType::uint8) {
+    shape = read_trailer(weight);
   } else {
-    w.shape = packed_shape(w.weight.rows, w.weight.cols);
-    check_view(w.weight, "qweight");
+    shape = packed_shape(weight.rows, weight.cols);
+    check_view(weight, "qweight");
   }
-  if (w.weight.dtype == DType::int8) {
-    packed = pack_weights(w.weight);
-    w.weight = {packed.data(), w.shape.out_features, w.shape.row_bytes()};
+  if (weight.dtype == DType::int8) {
+    packed = pack_weights(weight);
+    weight = {packed.data(), shape.out_features, shape.row_bytes()};
   }
-  check_qweight_scale(inputs.qweight_scale, w.shape.out_features, config);
-  return w;
+  check_qweight_scale(inputs.qweight_scale, shape.out_features, shape.in_features, config);
+  return {weight, weight_scales(inputs.qweight_scale, shape.in_features, config), shape, is_grouped(config)};
 }
 
 bool is_small(std::int64_t rows, std::int64_t out_features, std::int64_t in_features) {
@@ -384,6 +443,7 @@ void backward(ConstMatrixView dy, const BackwardInputs& inputs, const BitQuantCo
   check_floating(dy.dtype, "dy");
   check_view(dy, "dy");
   const auto by_loops = [&](std::int64_t in_features) { return !matmul || is_small(dy.rows, dy.cols, in_features); };
+  check_config(config);
   const auto& [dx, dweight, dbias] = gradients;
   check_view(dx, "dx");
   check_view(dweight, "dweight");

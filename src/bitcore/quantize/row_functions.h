@@ -27,6 +27,11 @@ struct RowFunctions {
   /// out = codes as float32, bfloat16 or float16: exact.
   void (*codes_as_floats)(const std::int8_t* codes, std::int64_t count, DType dtype, void* out);
 
+  /// out[group * out_stride + row] = scale as float32, for `groups` groups of `rows` rows, whose first float16 scales
+  /// are `row_step` apart. Returns nonzero where one is not finite and positive.
+  std::uint32_t (*transpose_scales)(const void* scales, std::int64_t row_step, std::int64_t rows, std::int64_t groups,
+                                    float* out, std::int64_t out_stride);
+
   /// out = in * factor as float32, rounded once to out_dtype; element i takes factors[i * factor_step].
   void (*scaled)(const void* in, DType in_dtype, std::int64_t count, const float* factors, std::int64_t factor_step,
                  DType out_dtype, void* out);

@@ -10,7 +10,6 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::Codes;
 using testing::expect_error;
 using testing::Floats;
@@ -23,7 +22,7 @@ Floats fake_weight(const Floats& weight, const BitQuantConfig& config) {
   const ConstMatrixView view(weight.data(), kOut, kIn);
   Codes codes(weight.size());
   Floats out(weight.size());
-  const Floats scale = compute_weight_scale(view, config);
+  const FloatVector scale = compute_weight_scale(view, config);
   quantize_weight(view, scale, config, {codes.data(), kOut, kIn});
   dequantize_weight({codes.data(), kOut, kIn}, scale, config, {out.data(), kOut, kIn});
   return out;

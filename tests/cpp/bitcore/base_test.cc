@@ -10,7 +10,6 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::bits_of;
 using testing::Codes;
 using testing::expect_error;
@@ -80,7 +79,7 @@ TEST(WeightScale, FloorAndNonFinite) {
   for (const float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
     weight[13] = bad;
     EXPECT_TRUE(std::isnan(compute_weight_scale({weight.data(), 4, 10}, {})[0]));
-    const Floats channel =
+    const FloatVector channel =
         compute_weight_scale({weight.data(), 4, 10}, {.weight_granularity = Granularity::per_channel});
     EXPECT_EQ(channel[0], 1e-5f);
     EXPECT_TRUE(std::isnan(channel[1]));

@@ -11,7 +11,6 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::bits_of;
 using testing::Floats;
 using testing::random_floats;

@@ -17,13 +17,13 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::bits_of;
 using testing::Codes;
 using testing::Floats;
 using testing::layouts_of;
 using testing::random_codes;
 using testing::random_floats;
+using testing::random_scales;
 
 struct Shape {
   std::int64_t tokens, out_features, in_features;
@@ -33,7 +33,7 @@ struct Shape {
 struct Layer {
   BitQuantConfig config;
   std::vector<std::uint8_t> packed;
-  Floats scale;
+  FloatVector scale;
   Floats bias;
   std::int64_t out_features, in_features;
   Layout layout = Layout::two_bit;
@@ -41,8 +41,7 @@ struct Layer {
   Layer(const BitQuantConfig& layer_config, std::int64_t rows, std::int64_t cols, unsigned seed)
       : config(layer_config), out_features(rows), in_features(cols) {
     packed = pack_weights({random_codes(rows * cols, seed).data(), rows, cols}, layout);
-    scale = random_floats(weight_scale_size(rows, config), seed + 1);
-    for (float& s : scale) s = std::fabs(s) + 0.01f;
+    scale = random_scales(rows, cols, config, seed + 1);
     bias = random_floats(rows, seed + 2);
   }
 
@@ -88,6 +87,14 @@ class WithTestKernels : public ::testing::Test {
 };
 
 class Kernels : public WithTestKernels {};
+
+// What goes through code of its own: with and without groups.
+constexpr BitQuantConfig kTypicalConfigs[] = {
+    {},
+    {.activation_dtype = ActivationDtype::float32},
+    {Granularity::per_group, ActivationDtype::int8, Granularity::per_group, 32},
+    {Granularity::per_group, ActivationDtype::float32, Granularity::per_channel, 32},
+};
 
 std::vector<std::string> kernels_for(const BitQuantConfig& config) {
   std::vector<std::string> names;
@@ -157,6 +164,9 @@ std::vector<std::string> all_names() {
 INSTANTIATE_TEST_SUITE_P(All, EveryKernel, ::testing::ValuesIn(all_names()),
                          [](const auto& name) { return name.param; });
 
+// Of all_configs(): those without groups, all in groups of 32, some of the other sizes.
+constexpr int kSweptConfigs[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 19, 21, 22, 24, 27};
+
 class KernelShapes : public WithTestKernels, public ::testing::WithParamInterface<std::tuple<int, Shape>> {};
 
 TEST_P(KernelShapes, MatchReference) {
@@ -170,7 +180,7 @@ TEST_P(KernelShapes, MatchReference) {
 // and 512 k; primes; no tokens at all; enough work for two threads.
 INSTANTIATE_TEST_SUITE_P(
     Sweep, KernelShapes,
-    ::testing::Combine(::testing::Range(0, 8),
+    ::testing::Combine(::testing::ValuesIn(kSweptConfigs),
                        ::testing::Values(Shape{0, 5, 7}, Shape{1, 1, 1}, Shape{1, 17, 15}, Shape{2, 16, 16},
                                          Shape{3, 15, 17}, Shape{4, 31, 63}, Shape{5, 32, 65}, Shape{7, 33, 127},
                                          Shape{8, 48, 128}, Shape{11, 47, 255}, Shape{12, 64, 256}, Shape{13, 65, 257},
@@ -185,8 +195,7 @@ INSTANTIATE_TEST_SUITE_P(
 
 // Up to two of the largest tiles and one more.
 TEST_F(Kernels, EveryTokenCount) {
-  for (const BitQuantConfig& config :
-       {BitQuantConfig{}, BitQuantConfig{.activation_dtype = ActivationDtype::float32}}) {
+  for (const BitQuantConfig& config : kTypicalConfigs) {
     const Layer layer(config, 37, 83, 3);
     for (std::int64_t tokens = 1; tokens <= 2 * kMostDirectTokens + 1; ++tokens) {
       SCOPED_TRACE(tokens);
@@ -197,19 +206,22 @@ TEST_F(Kernels, EveryTokenCount) {
 
 // More weights than a panel of packed ones holds, for several tiles of tokens and for one.
 TEST_F(Kernels, SeveralPanelsOfPackedWeights) {
-  const Layer layer({.activation_dtype = ActivationDtype::int8}, 661, 1203, 3);
-  for (const std::int64_t tokens : {1, 25, 49}) {
-    SCOPED_TRACE(tokens);
-    check_all_kernels(layer, random_floats(tokens * 1203, static_cast<unsigned>(tokens)));
+  for (const BitQuantConfig& config : kTypicalConfigs) {
+    if (config.activation_dtype == ActivationDtype::float32) continue;
+    const Layer layer(config, 661, 1203, 3);
+    for (const std::int64_t tokens : {1, 25, 49}) {
+      SCOPED_TRACE(tokens);
+      check_all_kernels(layer, random_floats(tokens * 1203, static_cast<unsigned>(tokens)));
+    }
   }
 }
 
 // One more than the 64 rows of the widest panel: it is left with any number of rows and of tiles.
 TEST_F(Kernels, EveryNumberOfOutFeatures) {
-  for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
+  for (const BitQuantConfig& config : kTypicalConfigs) {
     for (std::int64_t out_features = 1; out_features <= 65; ++out_features) {
       SCOPED_TRACE(out_features);
-      const Layer layer({.activation_dtype = dtype}, out_features, 35, 4);
+      const Layer layer(config, out_features, 35, 4);
       for (const std::int64_t tokens : {1, 14}) check_all_kernels(layer, random_floats(tokens * 35, 6));
     }
   }
@@ -277,9 +289,9 @@ TEST_F(Kernels, NonFiniteRows) {
 // int8 codes given directly, -128 included, which no scale of the contract produces. In a row of x all codes are the
 // same, in a row of weights as well: every partial sum is as large as it can be at this K. Expected values need no
 // other kernel: token m and row n give K * code(m) * weight(n).
-void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::int64_t in_features) {
+void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::int64_t in_features,
+                         const BitQuantConfig& config = {}) {
   SCOPED_TRACE("tokens " + std::to_string(tokens) + " in_features " + std::to_string(in_features));
-  const BitQuantConfig config{.activation_granularity = Granularity::per_channel};
   const auto code = [](std::int64_t token) { return token % 2 == 0 ? -128 : 127; };
   const auto weight = [](std::int64_t row) { return 1 - row % 3; };  // 1 first: its code is the largest
   Codes qx, weights;
@@ -287,8 +299,11 @@ void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::in
   for (std::int64_t n = 0; n < out_features; ++n) {
     weights.insert(weights.end(), in_features, static_cast<std::int8_t>(weight(n)));
   }
-  const Floats one = {1.0f};
-  const Floats x_scale(static_cast<std::size_t>(tokens), 1.0f);
+  const Floats ones(static_cast<std::size_t>(weight_scale_size(out_features, in_features, config)), 1.0f);
+  FloatVector w_scale(weight_scale_dtype(config), std::ssize(ones));
+  const VectorView out = w_scale;
+  convert({ones.data(), 1, out.size}, {out.data, out.dtype, 1, out.size, out.size});
+  const Floats x_scale(static_cast<std::size_t>(x_scale_size(tokens, in_features, config)), 1.0f);
   Floats expected;
   for (std::int64_t m = 0; m < tokens; ++m) {
     for (std::int64_t n = 0; n < out_features; ++n) {
@@ -302,7 +317,7 @@ void check_extreme_codes(std::int64_t tokens, std::int64_t out_features, std::in
     for (const std::string& kernel : kernels_for(config)) {
       SCOPED_TRACE(std::string(to_string(layout)) + " " + kernel);
       Floats y(expected.size());
-      bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, one, qweight, {}, config,
+      bitlinear::forward_quantized({qx.data(), tokens, in_features}, x_scale, w_scale, qweight, {}, config,
                                    {y.data(), tokens, out_features}, {&serial_executor(), kernel});
       EXPECT_EQ(y, expected);
     }
@@ -318,6 +333,18 @@ TEST_F(Kernels, Int16SumsAtTheirBounds) {
     }
     check_extreme_codes(tokens, 35, 1);
     check_extreme_codes(tokens, 35, 4099);
+  }
+}
+
+TEST_F(Kernels, GroupsOfExtremeCodes) {
+  for (const BitQuantConfig& config : all_configs()) {
+    if (config.weight_granularity != Granularity::per_group || config.activation_dtype == ActivationDtype::float32 ||
+        config.activation_granularity == Granularity::per_tensor) {
+      continue;
+    }
+    for (const std::int64_t tokens : {1, 2, 4, 5, 9, 13, 30}) {
+      for (const std::int64_t k : {1, 31, 255, 256, 257, 1041}) check_extreme_codes(tokens, 83, k, config);
+    }
   }
 }
 
@@ -338,8 +365,11 @@ TEST_F(Kernels, HugeAndTinyScales) {
   for (const BitQuantConfig& config : all_configs()) {
     Layer layer(config, 18, 50, 2);
     const Floats x = random_floats(14 * 50, 3);
-    for (const float scale : {1e-38f, 1e-5f, 1e30f}) {
-      std::fill(layer.scale.begin(), layer.scale.end(), scale);
+    const bool groups = config.weight_granularity == Granularity::per_group;
+    for (const float scale : groups ? Floats{0x1p-24f, 0x1p-14f, 65504.0f} : Floats{1e-38f, 1e-5f, 1e30f}) {
+      const Floats values(static_cast<std::size_t>(layer.scale.size()), scale);
+      const VectorView out = layer.scale;
+      convert({values.data(), 1, out.size}, {out.data, out.dtype, 1, out.size, out.size});
       if (config.activation_dtype == ActivationDtype::int8) check_all_kernels(layer, x);
     }
   }

@@ -9,7 +9,6 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::expect_error;
 using testing::Floats;
 

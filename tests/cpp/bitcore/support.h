@@ -14,6 +14,7 @@
 #include "bitcore/config.h"
 #include "bitcore/exceptions.h"
 #include "bitcore/executor.h"
+#include "bitcore/ops/base.h"
 #include "bitcore/tensor.h"
 
 namespace bitcore::testing {
@@ -45,16 +46,22 @@ inline std::vector<std::uint32_t> bits_of(const Floats& values) {
   return bits;
 }
 
-inline std::vector<BitQuantConfig> all_configs() {
-  std::vector<BitQuantConfig> configs;
-  for (const Granularity weight : {Granularity::per_tensor, Granularity::per_channel}) {
-    for (const ActivationDtype dtype : {ActivationDtype::int8, ActivationDtype::float32}) {
-      for (const Granularity x : {Granularity::per_tensor, Granularity::per_channel}) {
-        configs.push_back({weight, dtype, x});
-      }
-    }
-  }
-  return configs;
+/// The elements, widened.
+inline Floats floats_of(const FloatVector& values) {
+  Floats floats;
+  for (std::int64_t i = 0; i < values.size(); ++i) floats.push_back(values[i]);
+  return floats;
+}
+
+/// Weight scales of random finite positive values.
+inline FloatVector random_scales(std::int64_t out_features, std::int64_t in_features, const BitQuantConfig& config,
+                                 unsigned seed) {
+  Floats values = random_floats(weight_scale_size(out_features, in_features, config), seed);
+  for (float& value : values) value = std::fabs(value) + 0.01f;
+  FloatVector scales(weight_scale_dtype(config), static_cast<std::int64_t>(values.size()));
+  const VectorView out = scales;
+  convert({values.data(), 1, out.size}, {out.data, out.dtype, 1, out.size, out.size});
+  return scales;
 }
 
 /// Expects `call` to throw Error with every one of `parts` in its text.

@@ -35,7 +35,8 @@ class TorchAdapter : public ::testing::TestWithParam<BitQuantConfig> {
 std::string name_of_config(const ::testing::TestParamInfo<BitQuantConfig>& info) {
   std::string name(to_string(info.param.weight_granularity));
   name += "_" + std::string(to_string(info.param.activation_dtype));
-  return name + "_" + std::string(to_string(info.param.activation_granularity));
+  return name + "_" + std::string(to_string(info.param.activation_granularity)) + "_" +
+         std::to_string(info.param.group_size);
 }
 
 INSTANTIATE_TEST_SUITE_P(Configs, TorchAdapter, ::testing::ValuesIn(all_configs()), name_of_config);
@@ -78,6 +79,15 @@ Case leaves(const Case& values) {
 /// dq(x) and dq(W) by BitNet b1.58's formulas, in LibTorch's own operations.
 at::Tensor quantized_weight(const at::Tensor& weight, const BitQuantConfig& config) {
   const at::Tensor magnitude = weight.to(at::kDouble).abs();
+  if (config.weight_granularity == Granularity::per_group) {
+    std::vector<at::Tensor> groups;
+    for (const at::Tensor& group : weight.to(at::kFloat).split(config.group_size, 1)) {
+      const at::Tensor mean = group.to(at::kDouble).abs().mean(1, /*keepdim=*/true).to(at::kFloat);
+      const at::Tensor scale = mean.clamp_min(0x1p-14).to(at::kHalf).to(at::kFloat);
+      groups.push_back((group / scale).round().clamp(-1, 1) * scale);
+    }
+    return at::cat(groups, 1);
+  }
   const at::Tensor mean =
       config.weight_granularity == Granularity::per_channel ? magnitude.mean(1, /*keepdim=*/true) : magnitude.mean();
   const at::Tensor scale = mean.to(at::kFloat).clamp_min(1e-5);
@@ -86,6 +96,12 @@ at::Tensor quantized_weight(const at::Tensor& weight, const BitQuantConfig& conf
 
 at::Tensor quantized_x(const at::Tensor& x, const BitQuantConfig& config) {
   if (config.activation_dtype == ActivationDtype::float32) return x.to(at::kFloat);
+  if (config.activation_granularity == Granularity::per_group) {
+    const BitQuantConfig per_row;
+    std::vector<at::Tensor> groups;
+    for (const at::Tensor& group : x.split(config.group_size, -1)) groups.push_back(quantized_x(group, per_row));
+    return at::cat(groups, -1);
+  }
   const at::Tensor magnitude = x.to(at::kFloat).abs();
   const at::Tensor absmax =
       config.activation_granularity == Granularity::per_channel ? magnitude.amax(-1, true) : magnitude.amax();
@@ -112,7 +128,7 @@ TEST_P(TorchAdapter, ForwardHasTheEnginesBits) {
     const auto weights = torch::prepare_weights(c.weight, GetParam());
     const auto* bytes = weights.qweight.const_data_ptr<std::uint8_t>();
     EXPECT_EQ(std::vector<std::uint8_t>(bytes, bytes + weights.qweight.numel()), prepared.qweight);
-    EXPECT_EQ(floats_of(weights.scale), prepared.scale);
+    EXPECT_EQ(floats_of(weights.scale), testing::floats_of(prepared.scale));
     expect_same_bits(torch::forward(c.x, weights, c.bias, GetParam()), expected);
     expect_same_bits(torch::forward_training(c.x, c.weight, c.bias, GetParam()), expected);
   }

@@ -183,8 +183,8 @@ TEST(Views, Quantization) {
   for (const auto& [m, parts] : damaged(a.qx_view())) {
     EXPECT_THROW(dequantize_x(m, a.x_scale, c, x_out), QuantizationError);
   }
-  expect_error<QuantizationError>([&] { x_scale_size(-8, c); }, {"rows", "-8"});
-  expect_error<QuantizationError>([&] { weight_scale_size(-8, c); }, {"out_features", "-8"});
+  expect_error<QuantizationError>([&] { x_scale_size(-8, 1, c); }, {"rows", "-8"});
+  expect_error<QuantizationError>([&] { weight_scale_size(-8, 1, c); }, {"out_features", "-8"});
 }
 
 TEST(Views, Packing) {
@@ -206,7 +206,7 @@ TEST(Views, Packing) {
 
 TEST(Views, VectorsWithoutMemory) {
   Arguments a;
-  const auto forward = [&](std::span<const float> scale, ConstVectorView bias, const bitlinear::Options& options) {
+  const auto forward = [&](ConstVectorView scale, ConstVectorView bias, const bitlinear::Options& options) {
     bitlinear::forward(a.x_view(), scale, a.packed_view(), bias, a.config, a.y_view(), options);
   };
   const float* none = nullptr;

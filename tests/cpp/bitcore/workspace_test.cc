@@ -8,7 +8,6 @@
 namespace bitcore {
 namespace {
 
-using testing::all_configs;
 using testing::allocations;
 using testing::bits_of;
 using testing::expect_error;

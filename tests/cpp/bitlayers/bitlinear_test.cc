@@ -69,7 +69,7 @@ BitLinear load(const std::shared_ptr<const SafetensorsFile>& file, const BitQuan
 }
 
 TEST(BitLinear, DeploysWithTheBitsOfTheFunctions) {
-  for (const BitQuantConfig& config : bitcore::testing::all_configs()) {
+  for (const BitQuantConfig& config : bitcore::all_configs()) {
     for (const Layout layout : bitcore::kLayouts) {
       const BitLinear layer = BitLinear::deploy(weight_view(), bias_view(), config, layout);
       EXPECT_EQ(run(layer), expected(config));
@@ -109,13 +109,12 @@ TEST(BitLinear, OptionsAndWorkspace) {
 }
 
 TEST(BitLinear, ReadsWhatItWrote) {
-  for (const BitQuantConfig& config : bitcore::testing::all_configs()) {
+  for (const BitQuantConfig& config : bitcore::all_configs()) {
     SafetensorsWriter writer;
     const BitLinear layer = BitLinear::deploy(weight_view(), bias_view(), config, Layout::base3);
     layer.add_to(writer, "a.");
     const auto file = file_of(writer);
-    EXPECT_EQ(file->tensor("a.qweight_scale").shape.size(),
-              config.weight_granularity == bitcore::Granularity::per_channel ? 1u : 0u);
+    EXPECT_EQ(file->tensor("a.qweight_scale").shape.size(), static_cast<std::size_t>(config.weight_granularity));
     const BitLinear loaded = load(file, config);
     EXPECT_EQ(loaded.qweight().data, file->tensor("a.qweight").bytes.data());
     EXPECT_EQ(loaded.packed_shape().layout, Layout::base3);
@@ -154,7 +153,7 @@ TEST(BitLinear, ViewsMemoryOfTheCaller) {
 
 TEST(BitLinear, RefusesArgumentsThatDoNotFit) {
   auto prepared = bitcore::bitlinear::prepare_weights(weight_view(), {});
-  const auto view = [&](std::span<const float> scale, ConstVectorView with_bias, std::int64_t in_features = kIn,
+  const auto view = [&](ConstVectorView scale, ConstVectorView with_bias, std::int64_t in_features = kIn,
                         BitQuantConfig config = {}) {
     return BitLinear::view(prepared.view(), in_features, scale, with_bias, config);
   };

@@ -158,12 +158,13 @@ def test_config_parameters_and_values_are_those_of_the_document() -> None:
             values[match[1]] = []
         elif match := re.match(r'  - `"(\w+)"`', line):
             values[list(values)[-1]].append(match[1])
-    assert list(inspect.signature(BitQuantConfig).parameters) == list(values)
+    assert list(inspect.signature(BitQuantConfig).parameters) == [*values, "group_size"]  # The document has no groups.
     assert all(len(choices) == 2 for choices in values.values())
     for name, choices in values.items():
         for choice in choices:
             assert getattr(BitQuantConfig(**cast(Any, {name: choice})), name) == choice
-    assert {schema.weight_granularity for schema in oracle.SCHEMAS} == set(values["weight_granularity"])
+    granularities = {schema.weight_granularity for schema in oracle.SCHEMAS}
+    assert granularities == {*values["weight_granularity"], "per_group"}
     assert {schema.activation_dtype for schema in oracle.SCHEMAS} == set(values["activation_dtype"])
 
 
@@ -187,7 +188,7 @@ def test_snippets_of_forward(schema: Schema, dtype: str, bias: bool, key: str, l
     if key == INFERENCE:
         weight = case.arrays[1]
         scale = oracle.weight_scale(weight, schema)
-        assert_same_bits(names["qweight_scale"], scale, "float32", "qweight_scale")
+        assert_same_bits(names["qweight_scale"], scale, schema.scale_dtype, "qweight_scale")
         assert names["qweight"].is_contiguous()
         assert np.array_equal(to_bytes(names["qweight"]), oracle.pack(oracle.quantize_weight(weight, scale, schema)))
 
@@ -346,7 +347,7 @@ def test_snippets_of_a_weight(schema: Schema, dtype: str) -> None:
     codes = oracle.quantize_weight(weight, expected_scale, schema)
     assert set(np.unique(codes)) == {-1, 0, 1}
     scale = base.compute_weight_scale(case.weight, config)
-    assert_same_bits(scale, expected_scale, "float32", "weight scale")
+    assert_same_bits(scale, expected_scale, schema.scale_dtype, "weight scale")
     qweight = run_base("quantize_weight", case.weight.requires_grad_(), scale, config)
     assert np.array_equal(to_codes(qweight), codes)
     assert not qweight.requires_grad

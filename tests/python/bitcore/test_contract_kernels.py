@@ -159,12 +159,16 @@ def values_cases(seed: int) -> dict[str, tuple[Floats, Floats, Floats | None]]:
 VALUES, OTHER_VALUES = values_cases(9), values_cases(10)
 OVERFLOWING = ("huge x", "huge weight", "product of scales overflows")
 """Their partial sums may overflow in one order and not in another: no bound for TorchKernel's float32 activations."""
+TOO_LARGE_FOR_GROUPS = ("huge weight", "product of scales overflows")
+"""Means that float16 cannot hold."""
 
 
 @pytest.mark.parametrize("values", VALUES)
 def test_values(kernel: str, values: str) -> None:
     x, weight, bias = VALUES[values]
     for schema in schemas_of(kernel):
+        if schema.weight_per_group and values in TOO_LARGE_FOR_GROUPS:
+            continue
         if schema.is_int8 or kernel != "TorchKernel" or values not in OVERFLOWING:
             check(kernel, linear_of(x, weight, bias), schema)
 
@@ -235,7 +239,7 @@ def test_x_that_is_not_finite(kernel: str, value: float, column: int) -> None:
         case = make_linear(14, 19, 81, seed=12)
         case.x[5, column] = value
         y = to_array(run_forced(kernel, case, schema))
-        spoils_all = schema.is_int8 and not schema.x_per_channel
+        spoils_all = schema.is_int8 and schema.activation_granularity == "per_tensor"
         nan_rows = np.asarray(np.isnan(y).all(axis=1))
         assert nan_rows[5]
         assert nan_rows.all() if spoils_all else not np.isnan(np.delete(y, 5, axis=0)).any()
@@ -350,11 +354,12 @@ def test_qweight_that_is_not_contiguous(kernel: str) -> None:
 
 
 def test_shapes_of_scales(int8_kernel: str) -> None:
-    """Per-tensor scales are any one-element tensor, per-channel ones (N,) or (N, 1)."""
+    """Per-tensor scales are any one-element tensor, per-channel ones (N,) or (N, 1), those of groups (N, groups)."""
     case = make_linear(5, 35, 100, seed=21)
     views: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {
         "per_tensor": [lambda s: s.reshape(()), lambda s: s.reshape(1), lambda s: s.reshape(1, 1)],
         "per_channel": [lambda s: s, lambda s: s.reshape(-1, 1)],
+        "per_group": [lambda s: s, lambda s: s.t().contiguous().t()],
     }
     for schema in schemas_of(int8_kernel):
         scale, qweight = bitlinear.prepare_weights(case.weight, config_of(schema))
@@ -392,6 +397,8 @@ def linears(draw: st.DrawFn) -> tuple[Linear, Schema]:
     if dtype == "float16":
         arrays = [np.clip(array, -65504, 65504) for array in arrays]
     schema = draw(st.sampled_from(oracle.SCHEMAS))
+    if schema.weight_per_group:
+        arrays[1] = np.clip(arrays[1], -65504, 65504)  # float16 holds their means.
     bias = arrays[2] if draw(st.booleans()) else None
     return linear_of(arrays[0], arrays[1], bias, dtype), schema
 

@@ -112,6 +112,10 @@ def plain_codes(values: torch.Tensor, scale: torch.Tensor, low: int, high: int) 
 
 def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, schema: Schema) -> torch.Tensor:
     """The layer in plain float32 PyTorch; products of codes are integers far below 2^24, exact in any order."""
+    if schema.weight_per_group:
+        y = sum(plain_group(x[..., group], weight[:, group], x, schema) for group in schema.slices(x.shape[-1]))
+        assert isinstance(y, torch.Tensor)
+        return y if bias is None else y + bias
     if schema.weight_per_channel:
         s_w = weight.detach().abs().double().mean(dim=1, keepdim=True).float().clamp(min=1e-5)
     else:
@@ -124,6 +128,18 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
         codes = plain_codes(x, s_x, -128, 127)
     y = functional.linear(codes, plain_codes(weight, s_w, -1, 1)) * (s_x * s_w.reshape(-1))
     return y if bias is None else y + bias
+
+
+def plain_group(x: torch.Tensor, weight: torch.Tensor, whole_x: torch.Tensor, schema: Schema) -> torch.Tensor:
+    """Of the columns of one group; `whole_x` has all."""
+    s_w = weight.detach().abs().double().mean(dim=1, keepdim=True).float().clamp(min=2**-14).half().float()
+    s_x, codes = torch.ones(()), x
+    if schema.is_int8:
+        absmax = (x if schema.x_per_group else whole_x).detach().abs()
+        per_tensor = schema.activation_granularity == "per_tensor"
+        s_x = (absmax.amax() if per_tensor else absmax.amax(dim=-1, keepdim=True)).clamp(min=1e-5) / 127
+        codes = plain_codes(x, s_x, -128, 127)
+    return functional.linear(codes, plain_codes(weight, s_w, -1, 1)) * (s_x * s_w.reshape(-1))
 
 
 def ours_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, schema: Schema) -> torch.Tensor:

@@ -25,11 +25,16 @@ def test_is_a_frozen_value() -> None:
         config.activation_dtype = "float32"  # type: ignore[misc]
 
 
-def test_all_configs_are_eight() -> None:
-    assert len(set(all_configs())) == 8
-    assert {config.flags for config in all_configs()} == {
+def test_all_configs() -> None:
+    assert len(set(all_configs())) == len(all_configs()) == 8 + 4 * 5
+    assert {config.flags for config in all_configs()[:8]} == {
         (a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)
     }
+    assert {config.group_size for config in all_configs()[:8]} == {128}
+    for size in (32, 64, 128, 256):
+        grouped = [config for config in all_configs()[8:] if config.group_size == size]
+        assert [config.weight_granularity for config in grouped] == ["per_group"] * 5
+        assert len({(config.activation_dtype, config.activation_granularity) for config in grouped}) == 5
 
 
 @pytest.mark.parametrize("argument", ["weight_granularity", "activation_dtype", "activation_granularity"])
@@ -39,6 +44,27 @@ def test_a_value_that_does_not_exist(argument: str, value: Any) -> None:
         BitQuantConfig(**{argument: value})
     allowed = ("int8", "float32") if argument == "activation_dtype" else ("per_tensor", "per_channel")
     assert all(word in str(caught.value) for word in (repr(value), *allowed))
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 48, 127, 512, -32, 128.0, "128", None, True, [128]])
+def test_a_group_size_that_does_not_exist(size: Any) -> None:
+    with pytest.raises(QuantizationError, match="group_size") as caught:
+        BitQuantConfig("per_group", group_size=size)
+    assert all(word in str(caught.value) for word in (repr(size), "32, 64, 128 or 256"))
+
+
+@pytest.mark.parametrize("weights", ["per_tensor", "per_channel"])
+def test_a_group_size_that_would_be_ignored(weights: Any) -> None:
+    with pytest.raises(QuantizationError, match=rf'group_size is 64 and weight_granularity is "{weights}".*128'):
+        BitQuantConfig(weights, group_size=64)
+    assert BitQuantConfig(weights, group_size=128) == BitQuantConfig(weights)
+
+
+def test_activations_per_group_need_int8_and_weights_per_group() -> None:
+    with pytest.raises(QuantizationError, match='activation_granularity is "per_group".*"per_channel"'):
+        BitQuantConfig("per_channel", "int8", "per_group")
+    with pytest.raises(QuantizationError, match='activation_granularity is "per_group".*"float32"'):
+        BitQuantConfig("per_group", "float32", "per_group")
 
 
 def test_an_unknown_keyword_is_a_type_error() -> None:

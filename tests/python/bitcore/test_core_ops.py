@@ -25,24 +25,30 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @all_dtypes
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("scales", [(False, 0), (True, 0), (False, 32), (False, 128), (False, 256)], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4095), (5, 4096), (5, 4097), (17, 5000), (1, 70_001)])
-def test_base_operations_have_the_same_bits(shape: tuple[int, int], per_channel: bool, dtype: torch.dtype) -> None:
+def test_base_operations_have_the_same_bits(
+    shape: tuple[int, int], scales: tuple[bool, int], dtype: torch.dtype
+) -> None:
+    """scales: whether per channel, and the size of groups."""
     weight = make_layer(out_features=shape[0], in_features=shape[1], dtype=dtype).weight
-    scale = native.compute_weight_scale(weight, per_channel)
-    assert_same_bits(scale, torch_ops.compute_weight_scale(weight, per_channel))
-    codes = native.quantize_weight(weight, scale, per_channel)
-    assert torch.equal(codes, torch_ops.quantize_weight(weight, scale, per_channel))
+    scale = native.compute_weight_scale(weight, *scales)
+    assert_same_bits(scale, torch_ops.compute_weight_scale(weight, *scales))
+    codes = native.quantize_weight(weight, scale, *scales)
+    assert torch.equal(codes, torch_ops.quantize_weight(weight, scale, *scales))
     assert_same_bits(
-        native.dequantize_weight(codes, scale, per_channel), torch_ops.dequantize_weight(codes, scale, per_channel)
+        native.dequantize_weight(codes, scale, *scales), torch_ops.dequantize_weight(codes, scale, *scales)
     )
-    x_scale = native.compute_x_scale(weight, True, per_channel)
-    assert_same_bits(x_scale, torch_ops.compute_x_scale(weight, True, per_channel))
-    qx = native.quantize_x(weight, x_scale, per_channel)
-    assert torch.equal(qx, torch_ops.quantize_x(weight, x_scale, per_channel))
-    assert_same_bits(native.dequantize_x(qx, x_scale, per_channel), torch_ops.dequantize_x(qx, x_scale, per_channel))
+    x_scale = native.compute_x_scale(weight, True, *scales)
+    assert_same_bits(x_scale, torch_ops.compute_x_scale(weight, True, *scales))
+    qx = native.quantize_x(weight, x_scale, *scales)
+    assert torch.equal(qx, torch_ops.quantize_x(weight, x_scale, *scales))
+    assert_same_bits(native.dequantize_x(qx, x_scale, *scales), torch_ops.dequantize_x(qx, x_scale, *scales))
+    per_channel, group_size = scales
     for ours, plain in zip(
-        native.prepare_weights(weight, per_channel), torch_ops.prepare_weights(weight, per_channel), strict=True
+        native.prepare_weights(weight, per_channel, "auto", group_size),
+        torch_ops.prepare_weights(weight, per_channel, "auto", group_size),
+        strict=True,
     ):
         assert torch.equal(ours, plain)
 
@@ -68,17 +74,17 @@ def test_training_saves_and_returns_the_same_tensors(
     """What each of the two training operators keeps for its backward: codes of x, their scale, packed weight, scale."""
     layer = make_layer(rows, out_features=out_features, in_features=in_features)
     x, bias = (layer.x * magnitude).to(dtype), layer.bias if has_bias else None
-    y, *saved = native.bitlinear_train(x, layer.weight, bias, *config.flags)
-    plain_y, *plain_saved = native.torch_bitlinear_train(x, layer.weight, bias, *config.flags)
+    y, *saved = native.bitlinear_train(x, layer.weight, bias, *config.operator_arguments())
+    plain_y, *plain_saved = native.torch_bitlinear_train(x, layer.weight, bias, *config.operator_arguments())
     assert len(saved) == len(plain_saved) == 4
     for ours, plain in zip(saved, plain_saved, strict=True):
         assert (ours.dtype, ours.shape) == (plain.dtype, plain.shape)
         assert torch.equal(ours, plain)
-    scale, qweight = native.prepare_weights(layer.weight, config.flags[0])
+    scale, qweight = bitlinear.prepare_weights(layer.weight, config)
     assert torch.equal(saved[2], qweight)
     assert_same_bits(saved[3], scale)
-    assert_same_bits(native.bitlinear(x, scale, qweight, bias, *config.flags), y)
-    assert_same_bits(native.torch_bitlinear(x, scale, qweight, bias, *config.flags), plain_y)
+    assert_same_bits(native.bitlinear(x, scale, qweight, bias, *config.operator_arguments()), y)
+    assert_same_bits(native.torch_bitlinear(x, scale, qweight, bias, *config.operator_arguments()), plain_y)
     if config.activation_dtype == "int8":  # The oracle's bounds judge the others.
         assert_same_bits(y, plain_y)
 
@@ -94,8 +100,8 @@ def test_operators_return_float32_under_autocast(config: BitQuantConfig) -> None
     )
 
     def outputs() -> list[torch.Tensor]:
-        inferred = [op(layer.x, scale, qweight, layer.bias, *config.flags) for op in inference]
-        return inferred + [op(layer.x, layer.weight, layer.bias, *config.flags)[0] for op in training]
+        inferred = [op(layer.x, scale, qweight, layer.bias, *config.operator_arguments()) for op in inference]
+        return inferred + [op(layer.x, layer.weight, layer.bias, *config.operator_arguments())[0] for op in training]
 
     outside = outputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -124,9 +130,9 @@ def test_opcheck_of_the_layer(config: BitQuantConfig, dtype: torch.dtype) -> Non
         (native.bitlinear, native.bitlinear_train),
         (native.torch_bitlinear, native.torch_bitlinear_train),
     ):
-        opcheck(inference, (x, scale, qweight, bias, *config.flags))
-        opcheck(inference, (x[0, 0].detach(), scale, codes, None, *config.flags, torch.bfloat16))
-        opcheck(training, (x, weight, bias, *config.flags))
+        opcheck(inference, (x, scale, qweight, bias, *config.operator_arguments()))
+        opcheck(inference, (x[0, 0].detach(), scale, codes, None, *config.operator_arguments(torch.bfloat16)))
+        opcheck(training, (x, weight, bias, *config.operator_arguments()))
 
 
 @pytest.mark.medium

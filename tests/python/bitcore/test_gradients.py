@@ -212,10 +212,10 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(out_features, in_features, generator=generator)
     x = torch.randn(rows, in_features, generator=generator)
-    _, qx, x_scale, qweight, scale = native.bitlinear_train(x, weight, None, *config.flags)
+    _, qx, x_scale, qweight, scale = native.bitlinear_train(x, weight, None, *config.operator_arguments())
     int8 = config.activation_dtype == "int8"
     kept, kept_scale = (qx, x_scale) if int8 else (x, None)
-    wide_x = qx.double() * x_scale.double() if int8 else x.double()
+    wide_x = base.dequantize_x(qx, x_scale, config).double() if int8 else x.double()
     wide_weight = base.dequantize_weight(base.unpack_weights(qweight, in_features), scale, config).double()
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
     for dy in (
@@ -224,10 +224,11 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
     ):
         dy = dy.expand(rows, out_features)
         arguments = (dy, kept, kept_scale, qweight, scale, in_features, config.flags[0])
+        groups = config.group_arguments
         expected = (dy.double() @ wide_weight, dy.double().T @ wide_x, dy.double().sum(0))
         for dtypes in ((torch.float32,) * 3, (dtype,) * 3, (torch.float32, None, dtype), (None, dtype, None)):
-            found = native.bitlinear_backward(*arguments, *dtypes)
-            plain = torch_ops.bitlinear_backward(*arguments, *dtypes)
+            found = native.bitlinear_backward(*arguments, *dtypes, *groups)
+            plain = torch_ops.bitlinear_backward(*arguments, *dtypes, *groups)
             for gradient, same, reference, wanted in zip(found, plain, expected, dtypes, strict=True):
                 if wanted is None:
                     assert gradient.numel() == same.numel() == 0
@@ -236,10 +237,10 @@ def test_the_operator_of_all_gradients(config: BitQuantConfig, sizes: tuple[int,
                 _close(gradient, reference, tolerance)
                 _close(same, reference, tolerance)
             # The floating weight that was quantized serves as well as its codes.
-            from_weight = native.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            from_weight = native.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes, *groups)
             for gradient, same in zip(found, from_weight, strict=True):
                 assert_same_bits(gradient, same)
-            plain_from_weight = torch_ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes)
+            plain_from_weight = torch_ops.bitlinear_backward(*arguments[:3], weight, *arguments[4:], *dtypes, *groups)
             for gradient, same in zip(plain, plain_from_weight, strict=True):
                 assert_same_bits(gradient, same)
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitcore.config import BitQuantConfig, all_configs
+from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError
 from bitlab.demo.program import find_program, run_program
 from bitlayers import BitLinear
 from bitmodels import BitMLPConfig, BitMLPModel
+from core_helpers import CONFIGS, id_of
 from support import INT8_KERNELS, same_bits
 
 PER_CHANNEL = BitQuantConfig("per_channel", "int8", "per_channel")
@@ -43,7 +44,7 @@ def check(model: BitMLPModel, x: Tensor, folder: Path, threads: int = 1, kernel:
         assert kernel in line
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_config_with_and_without_bias(config: BitQuantConfig, bias: bool, tmp_path: Path) -> None:
     check(make_model((3, 50, 37, 11), config, bias).deploy(), torch.randn(9, 50), tmp_path)

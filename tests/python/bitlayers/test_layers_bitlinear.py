@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitcore.config import BitQuantConfig, all_configs
+from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.ops import bitlinear
 from bitlayers import BitLinear
+from core_helpers import CONFIGS, id_of
 from layer_helpers import (
     PER_CHANNEL,
     SIZES,
@@ -86,7 +87,7 @@ def test_a_default_dtype_that_no_layer_supports() -> None:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_evaluation_and_deployment_agree(config: BitQuantConfig, dtype: torch.dtype, x: Tensor) -> None:
     layer, x = make_layer(config, dtype=dtype), x.to(dtype)
@@ -112,7 +113,7 @@ def test_leading_dimensions(shape: tuple[int, ...]) -> None:
     assert same_bits(layer.eval()(x), layer.deploy()(x))
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 def test_evaluation_gives_the_gradients_of_training(config: BitQuantConfig, x: Tensor) -> None:
     gradients = []
     dy = torch.randn(5, 19)
@@ -135,7 +136,7 @@ def test_evaluation_has_no_second_derivative(x: Tensor) -> None:
         torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 def test_evaluation_on_the_meta_device_has_a_backward(config: BitQuantConfig) -> None:
     layer = make_layer(config, device="meta").eval()
     layer(torch.empty(5, SIZES[0], device="meta")).sum().backward()
@@ -198,7 +199,7 @@ def test_a_registered_kernel_serves_a_layer_until_it_goes(x: Tensor) -> None:
 # --- deployment -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 def test_deploy_leaves_packed_weights_only(config: BitQuantConfig) -> None:
     layer = make_layer(config)
     expected = bitlinear.prepare_weights(layer.weight.detach(), config)

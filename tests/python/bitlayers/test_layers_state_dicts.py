@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitcore.config import BitQuantConfig, all_configs
+from bitcore.config import BitQuantConfig
 from bitlayers import BitLinear
+from core_helpers import CONFIGS, id_of
 from layer_helpers import (
     PER_CHANNEL,
     SIZES,
@@ -73,7 +74,7 @@ def test_every_state_loads_into_every_state(source_state: str, target_state: str
 
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("source_state", STATES)
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 @torch.no_grad()
 def test_a_state_of_every_config(config: BitQuantConfig, source_state: str, assign: bool, x: Tensor) -> None:
     """The state decides what the layer becomes, and loading never changes the mode. Twice is as once."""

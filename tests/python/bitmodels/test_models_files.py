@@ -11,9 +11,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitcore.config import BitQuantConfig, all_configs
+from bitcore.config import BitQuantConfig
 from bitcore.exceptions import StateError
 from bitmodels import AutoBitModel, BitMLPConfig, BitMLPModel
+from core_helpers import CONFIGS, id_of
 from support import same_bits
 
 SIZES = (3, 20, 33, 5)
@@ -29,7 +30,7 @@ def x() -> Tensor:
     return torch.randn(6, 20, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("config", all_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=id_of)
 @pytest.mark.parametrize("deployed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_saved_comes_back(

@@ -8,12 +8,17 @@ dimensions, weight (N, K), bias (N,), y (M, N).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+AnyFloats = npt.NDArray[Any]
+"""float32, or float16: scales per group."""
+
 Doubles = npt.NDArray[np.float64]
 Codes = npt.NDArray[np.int8]
 Bytes = npt.NDArray[np.uint8]
@@ -37,34 +42,64 @@ class Schema:
     weight_granularity: str = "per_tensor"
     activation_dtype: str = "int8"
     activation_granularity: str = "per_tensor"
+    group_size: int = 128
 
     @property
     def weight_per_channel(self) -> bool:
         return self.weight_granularity == "per_channel"
 
     @property
+    def weight_per_group(self) -> bool:
+        return self.weight_granularity == "per_group"
+
+    @property
     def x_per_channel(self) -> bool:
         return self.activation_granularity == "per_channel"
+
+    @property
+    def x_per_group(self) -> bool:
+        return self.activation_granularity == "per_group"
+
+    def slices(self, k: int) -> list[slice]:
+        """The groups of k input features: the last one may be shorter; without groups one for all."""
+        size = self.group_size if self.weight_per_group else k
+        return [slice(begin, min(begin + size, k)) for begin in range(0, k, size)]
+
+    @property
+    def scale_dtype(self) -> str:
+        """Of weight scales."""
+        return "float16" if self.weight_per_group else "float32"
 
     @property
     def is_int8(self) -> bool:
         return self.activation_dtype == "int8"
 
-    def kwargs(self) -> dict[str, str]:
+    def kwargs(self) -> dict[str, Any]:
         """The keywords of the configuration class."""
+        group_size = {"group_size": self.group_size} if self.weight_per_group else {}
         return {
+            **group_size,
             "weight_granularity": self.weight_granularity,
             "activation_dtype": self.activation_dtype,
             "activation_granularity": self.activation_granularity,
         }
 
     def __str__(self) -> str:
-        short = {"per_tensor": "tensor", "per_channel": "channel"}
+        short = {"per_tensor": "tensor", "per_channel": "channel", "per_group": f"group{self.group_size}"}
         return f"w_{short[self.weight_granularity]}-{self.activation_dtype}-x_{short[self.activation_granularity]}"
 
 
 GRANULARITIES = ("per_tensor", "per_channel")
 SCHEMAS = [Schema(*parts) for parts in itertools.product(GRANULARITIES, ("int8", "float32"), GRANULARITIES)]
+SCHEMAS += [
+    Schema("per_group", "int8", "per_group", 32),
+    Schema("per_group", "int8", "per_channel", 128),
+    Schema("per_group", "int8", "per_tensor", 64),
+    Schema("per_group", "int8", "per_group", 256),
+    Schema("per_group", "float32", "per_channel", 32),
+    Schema("per_group", "float32", "per_tensor", 128),
+]
+"""Without groups all that exist, with groups some of each kind and size."""
 INT8_SCHEMAS = [schema for schema in SCHEMAS if schema.is_int8]
 FLOAT32_SCHEMAS = [schema for schema in SCHEMAS if not schema.is_int8]
 
@@ -119,7 +154,7 @@ def ordered_sum(values: Doubles) -> float:
         blocks[: len(values)] = values
         groups = blocks.reshape(count, 256, 16)
         lanes = np.zeros((count, 16), np.float64)
-        for index in range(256):
+        for index in range(min(256, ceil_div(len(values), 16))):  # Later ones hold zeros.
             lanes = lanes + groups[:, index]
         for width in (8, 4, 2, 1):
             lanes = lanes[:, :width] + lanes[:, width : 2 * width]
@@ -137,8 +172,20 @@ def absmean(values: Floats) -> np.float32:
     return np.maximum(np.float32(np.float64(total) / np.float64(flat.size)), FLOOR)
 
 
-def weight_scale(weight: Floats, schema: Schema) -> Floats:
-    """Shape () per tensor, (N,) per channel."""
+def group_scale(values: Floats) -> np.float16:
+    """float16(max(float32(S / n), 2^-14)); NaN where a value is not finite or the mean above the largest float16."""
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    if not np.isfinite(flat).all():
+        return np.float16(np.nan)
+    mean = np.float32(np.float64(ordered_sum(np.abs(flat).astype(np.float64))) / np.float64(flat.size))
+    return np.float16(np.nan) if mean > 65504 else np.float16(np.maximum(mean, np.float32(2.0**-14)))
+
+
+def weight_scale(weight: Floats, schema: Schema) -> AnyFloats:
+    """Shape () per tensor, (N,) per channel; float16 (N, groups) per group."""
+    if schema.weight_per_group:
+        groups = schema.slices(weight.shape[1])
+        return np.array([[group_scale(row[group]) for group in groups] for row in weight], np.float16)
     if schema.weight_per_channel:
         return np.array([absmean(row) for row in weight], np.float32)
     return np.array(absmean(weight), np.float32)
@@ -153,7 +200,12 @@ def absmax_scale(values: Floats) -> np.float32:
 
 
 def x_scale(x: Floats, schema: Schema) -> Floats:
-    """Shape () per tensor, (*, 1) per channel; ones where activations are not quantized."""
+    """Shape () per tensor, (*, 1) per channel, (*, groups) per group; ones where activations are not quantized."""
+    if schema.x_per_group:
+        rows = x.reshape(-1, x.shape[-1])
+        groups = schema.slices(x.shape[-1])
+        scales = np.array([[absmax_scale(row[group]) for group in groups] for row in rows], np.float32)
+        return scales.reshape(*x.shape[:-1], len(groups))
     rows_shape = (*x.shape[:-1], 1) if schema.x_per_channel else ()
     if not schema.is_int8:
         return np.ones(rows_shape, np.float32)
@@ -172,46 +224,81 @@ def quotient_codes(values: Floats, scale: Floats, low: int, high: int) -> Codes:
     return np.where(np.isnan(codes), 0, codes).astype(np.int8)
 
 
-def quantize_weight(weight: Floats, scale: Floats, schema: Schema) -> Codes:
+def of_elements(scale: AnyFloats, schema: Schema, k: int) -> Floats:
+    """Scales per group (*, groups) as float32 (*, k)."""
+    wide = scale.astype(np.float32)
+    parts = [np.repeat(wide[..., i : i + 1], g.stop - g.start, -1) for i, g in enumerate(schema.slices(k))]
+    return np.concatenate(parts, -1)
+
+
+def weight_divisor(scale: AnyFloats, schema: Schema, k: int) -> Floats:
+    """The scale of every weight: to meet (N, k)."""
+    if schema.weight_per_group:
+        return of_elements(scale, schema, k)
+    return scale.reshape(-1, 1) if schema.weight_per_channel else scale.reshape(())
+
+
+def x_divisor(scale: Floats, schema: Schema, k: int) -> Floats:
+    """The scale of every activation: to meet (*, k)."""
+    if schema.x_per_group:
+        return of_elements(scale, schema, k)
+    return scale if schema.x_per_channel else scale.reshape(())
+
+
+def quantize_weight(weight: Floats, scale: AnyFloats, schema: Schema) -> Codes:
     """-1, 0, 1 of shape (N, K)."""
-    return quotient_codes(weight, scale.reshape(-1, 1) if schema.weight_per_channel else scale.reshape(()), -1, 1)
+    return quotient_codes(weight, weight_divisor(scale, schema, weight.shape[1]), -1, 1)
 
 
 def quantize_x(x: Floats, scale: Floats, schema: Schema) -> Codes:
     """-128..127 of x's shape."""
     assert schema.is_int8
-    return quotient_codes(x, scale if schema.x_per_channel else scale.reshape(()), -128, 127)
+    return quotient_codes(x, x_divisor(scale, schema, x.shape[-1]), -128, 127)
 
 
-def dequantize_weight(codes: Codes, scale: Floats, schema: Schema) -> Floats:
+def dequantize_weight(codes: Codes, scale: AnyFloats, schema: Schema) -> Floats:
     """codes * scale, one float32 product each."""
-    return codes.astype(np.float32) * (scale.reshape(-1, 1) if schema.weight_per_channel else scale.reshape(()))
+    return codes.astype(np.float32) * weight_divisor(scale, schema, codes.shape[1])
 
 
 def dequantize_x(codes: Codes, scale: Floats, schema: Schema) -> Floats:
     """codes * scale, one float32 product each."""
-    return codes.astype(np.float32) * (scale if schema.x_per_channel else scale.reshape(()))
+    return codes.astype(np.float32) * x_divisor(scale, schema, codes.shape[-1])
 
 
 # --- the linear -----------------------------------------------------------------------------------------------------
 
 
-def int8_linear(qx: Codes, s_x: Floats, qw: Codes, s_w: Floats, bias: Floats | None) -> Floats:
-    """float(sum) * (s_x * s_w) + bias in float32: s_x is () or (M, 1), s_w () or (N,)."""
+def integer_sums(qx: Codes, qw: Codes) -> Floats:
+    """The exact sums as float32."""
     exact = qx.astype(np.int64) @ qw.astype(np.int64).T
     assert exact.size == 0 or np.abs(exact).max() < 2**31
-    with np.errstate(all="ignore"):
-        y = exact.astype(np.int32).astype(np.float32) * (s_x * s_w)
-        y = y if bias is None else y + bias
-    assert y.dtype == np.float32
-    return y
+    return exact.astype(np.int32).astype(np.float32)
 
 
-def forward_codes(x: Floats, qw: Codes, s_w: Floats, bias: Floats | None, schema: Schema, dtype: str) -> Floats:
+def scaled(sums: Callable[[slice], Floats], s_x: Floats, s_w: AnyFloats, schema: Schema, k: int) -> Floats:
+    """sum * (s_x * s_w) in float32, of groups the sum of these in order, from 0.
+
+    s_x is (), (M, 1) or (M, groups), s_w (), (N,) or (N, groups).
+    """
+    if not schema.weight_per_group:
+        return sums(slice(0, k)) * (s_x * s_w).astype(np.float32)
+    total: Any = np.float32(0)
+    for index, group in enumerate(schema.slices(k)):
+        of_rows = s_x[:, index : index + 1] if schema.x_per_group else s_x
+        total = total + sums(group) * (of_rows * s_w[:, index].astype(np.float32)).astype(np.float32)
+    return np.asarray(total)
+
+
+def forward_codes(x: Floats, qw: Codes, s_w: AnyFloats, bias: Floats | None, schema: Schema, dtype: str) -> Floats:
     """y of int8 activations from ternary codes and their scale, rounded once to `dtype`."""
     rows = x.reshape(-1, x.shape[-1])
     s_x = x_scale(rows, schema)
-    y = int8_linear(quantize_x(rows, s_x, schema), s_x, qw, s_w, bias)
+    qx = quantize_x(rows, s_x, schema)
+    with np.errstate(all="ignore"):
+        y = scaled(lambda group: integer_sums(qx[:, group], qw[:, group]), s_x, s_w, schema, x.shape[-1])
+        y = y if bias is None else y + bias
+    assert y.dtype == np.float32
     return round_to(y, dtype).reshape(*x.shape[:-1], qw.shape[0])
 
 
@@ -240,8 +327,9 @@ def float32_forward(x: Floats, weight: Floats, bias: Floats | None, schema: Sche
     s_w = weight_scale(weight, schema)
     rows = x.reshape(-1, x.shape[-1])
     s_x: Floats = np.where(np.isfinite(rows).all(axis=1, keepdims=True), np.float32(1), np.float32(np.nan))
+    codes = quantize_weight(weight, s_w, schema)
     with np.errstate(all="ignore"):
-        y = float32_sums(rows, quantize_weight(weight, s_w, schema)) * (s_x * s_w).astype(np.float32)
+        y = scaled(lambda group: float32_sums(rows[:, group], codes[:, group]), s_x, s_w, schema, x.shape[-1])
         y = y if bias is None else y + bias
     assert y.dtype == np.float32
     return round_to(y, dtype).reshape(*x.shape[:-1], weight.shape[0])
@@ -253,14 +341,16 @@ def float32_forward_bounds(
     """y of float32 activations and how far from it any order may be, both float64; NaN rows where x is not finite.
 
     A sum of K terms in any order errs by at most K * u * sum|terms| / (1 - K * u), u = 2^-24; two more operations
-    (times the scale, plus the bias) add u each, the rounding to `dtype` half an ulp; every operation may lose
-    2^-150 where its result is subnormal.
+    (times the scale, plus the bias) add u each, one for each group where there are groups, the rounding to `dtype` half
+    an ulp; every operation may lose 2^-150 where its result is subnormal.
     """
     s_w = weight_scale(weight, schema)
     codes = quantize_weight(weight, s_w, schema).astype(np.float64)
     rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    if schema.weight_per_group:
+        codes, s_w = codes * of_elements(s_w, schema, x.shape[-1]), np.array(1, np.float32)
     shift = 0.0 if bias is None else bias.astype(np.float64)
-    u, k = 2.0**-24, x.shape[-1]
+    u, k = 2.0**-24, x.shape[-1] + len(schema.slices(x.shape[-1])) - 1
     with np.errstate(all="ignore"):
         y = (rows @ codes.T) * s_w.astype(np.float64) + shift
         magnitude = (np.abs(rows) @ np.abs(codes).T) * s_w.astype(np.float64) + np.abs(shift)

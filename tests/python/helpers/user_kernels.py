@@ -31,7 +31,7 @@ class CustomKernel(BitKernelBase):
     ) -> Tensor:
         assert quant_config is not None
         type(self).calls += 1
-        return native.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.flags)
+        return native.torch_bitlinear(x.detach(), qweight_scale, qweight, bias, *quant_config.operator_arguments())
 
     def is_compatible_with(self, quant_config: BitQuantConfig) -> bool:
         return quant_config.activation_dtype == "int8"
