@@ -92,6 +92,7 @@ def linear_vector(name: str, x: Floats, weight: Floats, bias: Floats | None, sch
 def vectors() -> dict[str, Any]:
     """The whole file."""
     per_tensor, per_channel = Schema(), Schema("per_channel", "int8", "per_channel")
+    grouped, both = Schema("per_group", "int8", "per_channel", 32), Schema("per_group", "int8", "per_group", 64)
     ties = np.array([[127.0, 0.5, 1.5, -0.5, -2.5, 126.5]], np.float32)  # s_x is 1
     halves = np.array([[1.0, 0.5, -0.5, 0.25, 0.0, 0.75]], np.float32)  # s_w is 0.5: 0.25 is a tie
     broken = made(3 * 21, 577).reshape(3, 21)
@@ -125,6 +126,13 @@ def vectors() -> dict[str, Any]:
             linear_vector("a NaN in a row", broken, made(42, 911).reshape(2, 21), made(2, 31), per_channel),
             linear_vector("a NaN, one scale", broken, made(42, 911).reshape(2, 21), None, per_tensor),
             linear_vector("floors of the scales", tiny, tiny, None, per_channel),
+            linear_vector(
+                "a scale a group", made(140, 577).reshape(2, 70), made(210, 911).reshape(3, 70), made(3, 31), grouped
+            ),
+            linear_vector(
+                "a scale a group, of x too", made(140, 577).reshape(2, 70), made(210, 911).reshape(3, 70), None, both
+            ),
+            linear_vector("floors of the scales of groups", tiny, tiny, None, grouped),
         ],
     }
 

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from bitcore.config import ActivationDtype, BitQuantConfig
+from bitcore.config import ActivationDtype, BitQuantConfig, Granularity
 from bitcore.exceptions import KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.kernels.operator_kernel import OperatorKernel
@@ -41,6 +41,7 @@ class Contender:
         dispatched: Whether `bitlinear.forward` would choose this kernel.
         registered: Whether the user registered it.
         path: Whose multiply-add peak bounds it; None where that peak is not measured.
+        weights: How many scales the weights have, one of options.WEIGHTS; "" for a peer.
     """
 
     name: str
@@ -50,12 +51,23 @@ class Contender:
     dispatched: bool
     registered: bool
     path: str | None
+    weights: str = ""
+
+    @property
+    def form(self) -> str:
+        """The layout, and how many scales there are where that is not one."""
+        return self.layout if self.weights in ("", "per_tensor") else f"{self.layout} {self.weights}"
 
 
-def config_of(activations: str) -> BitQuantConfig:
-    """What is measured: a scale for every row of x, as language models have it."""
+def config_of(activations: str, weights: str = "per_tensor") -> BitQuantConfig:
+    """What is measured: a scale for every row of x, as language models have it, or for every group of a row.
+
+    weights: one of options.WEIGHTS.
+    """
     dtype = cast(Literal["int8", "float32"], activations)  # The parser knows no other.
-    return BitQuantConfig(activation_dtype=dtype, activation_granularity="per_channel")
+    granularity = cast(Granularity, weights.removesuffix("_x"))
+    x_granularity: Granularity = "per_group" if weights.endswith("_x") and dtype == "int8" else "per_channel"
+    return BitQuantConfig(granularity, dtype, x_granularity)
 
 
 def import_modules(names: tuple[str, ...]) -> None:
@@ -141,24 +153,27 @@ def pack_copies(layer: Layer, layout: str) -> Pool:
 
 
 def prepare_kernels(
-    layer: Layer, kernels: dict[str, list[BitKernelBase]], pools: dict[str, Pool]
+    layer: Layer, kernels: dict[str, list[BitKernelBase]], pools: dict[str, Pool], weights: tuple[str, ...]
 ) -> dict[Contender, Prepared]:
     """Every kernel with every layout that it reads. pools: by layout."""
     prepared = {}
-    for activations, fitting in kernels.items():
-        config = config_of(activations)
-        for kernel in fitting:
+    for activations, scales in product(kernels, weights):
+        config = config_of(activations, scales)
+        for kernel in kernels[activations]:
+            if not kernel.covers(config, "cpu"):
+                continue
             forms = pools if kernel.has_standard_form() else {OWN_LAYOUT: None}
             for layout, pool in forms.items():
-                contender = _contender(kernel, layout, config)
+                contender = _contender(kernel, layout, config, scales)
                 prepared[contender] = (
-                    _standard(kernel, pool, config) if pool is not None else _own(kernel, layer, config)
+                    _standard(kernel, layer, pool, config) if pool is not None else _own(kernel, layer, config)
                 )
     return prepared
 
 
-def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig) -> Contender:
+def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig, weights: str) -> Contender:
     return Contender(
+        weights=weights,
         name=kernel.name,
         is_peer=False,
         layout=layout,
@@ -169,10 +184,12 @@ def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig) -> Co
     )
 
 
-def _standard(kernel: BitKernelBase, pool: Pool, config: BitQuantConfig) -> Prepared:
-    scale = torch.tensor(WEIGHT_SCALE)
-    weights = [(scale, qweight) for qweight in pool.copies]
-    return Prepared(pool.copies[0].nbytes, _binder(kernel, weights, pool.turn, config))
+def _standard(kernel: BitKernelBase, layer: Layer, pool: Pool, config: BitQuantConfig) -> Prepared:
+    shape = config.weight_scale_shape(layer.out_features, layer.in_features)
+    scale = torch.full(shape, WEIGHT_SCALE, dtype=torch.float16 if config.weight_group_size else torch.float32)
+    weights = [(scale.clone(), qweight) for qweight in pool.copies]
+    read = pool.copies[0].nbytes + (scale.nbytes if config.weight_group_size else 0)
+    return Prepared(read, _binder(kernel, weights, pool.turn, config))
 
 
 def _own(kernel: BitKernelBase, layer: Layer, config: BitQuantConfig) -> Prepared:

@@ -131,7 +131,7 @@ def _measure(found: Results, kernels: dict[str, list[BitKernelBase]], peers: lis
         for out_features, in_features in options.shapes:
             layer = make_layer(out_features, in_features, rotated)
             pools, reasons = contenders.layouts_of(layer, options.layouts)
-            prepared = contenders.prepare_kernels(layer, kernels, pools)
+            prepared = contenders.prepare_kernels(layer, kernels, pools, options.weights)
             of_peers, refused = contenders.prepare_peers(layer, peers)
             where = f" at {out_features} x {in_features}"
             found.skipped.update({name + where: reason for name, reason in (reasons | refused).items()})

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 LAYOUTS = ("2bit", "1.6bit")
 ACTIVATIONS = ("int8", "float32")
+WEIGHTS = ("per_tensor", "per_channel", "per_group", "per_group_x")
 PEER_GROUPS = ("torch", "onednn", "transformers", "ggml")
 BEST, ALL, NONE = "best", "all", "none"
 
@@ -28,6 +29,7 @@ class BenchOptions:
     kernels: tuple[str, ...] = (ALL,)
     layouts: tuple[str, ...] = LAYOUTS
     activations: tuple[str, ...] = ("int8",)
+    weights: tuple[str, ...] = ("per_tensor",)
     peers: tuple[str, ...] = ("torch",)
     imports: tuple[str, ...] = ()
     in_cache: bool = False
@@ -60,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--activations", type=_list_of(_one_of(ACTIVATIONS)), default="int8", help="int8, float32 (%(default)s)"
+    )
+    parser.add_argument(
+        "--weights",
+        type=_list_of(_one_of(WEIGHTS)),
+        default="per_tensor",
+        help="how many scales weights have: per_tensor, per_channel, per_group (of 128), per_group_x (x per group, "
+        "too) (%(default)s)",
     )
     parser.add_argument(
         "--peers",
@@ -104,6 +113,7 @@ def to_options(arguments: argparse.Namespace) -> BenchOptions:
         kernels=arguments.kernels,
         layouts=arguments.layouts,
         activations=arguments.activations,
+        weights=arguments.weights,
         peers=arguments.peers,
         imports=tuple(arguments.imports),
         in_cache=arguments.in_cache,

@@ -107,7 +107,7 @@ def _cells(m: Measurement) -> list[str]:
     percent = "" if m.bound is None else f"{m.percent_of_limit:.0f} % {'M' if m.bound.by == 'memory' else 'A'}"
     ratios = [f"{m.ratios[other]:.2f}" if other in m.ratios else "" for other in RATIOS_TO]
     time = format_spread(m.time.median, m.time.low, m.time.high)
-    return [_name(contender), contender.layout, time, f"{m.gb_per_s:.1f}", f"{m.gops:.1f}", percent, *ratios]
+    return [_name(contender), contender.form, time, f"{m.gb_per_s:.1f}", f"{m.gops:.1f}", percent, *ratios]
 
 
 def _name(contender: Contender) -> str:

@@ -183,10 +183,11 @@ def dispatch_checks(measurements: Iterable[Measurement]) -> list[DispatchCheck]:
     """
     groups: dict[tuple[Case, str, str], list[Measurement]] = {}
     kernels = [m for m in measurements if not m.contender.is_peer]
-    layouts = {m.contender.layout for m in kernels} - {OWN_LAYOUT}
+    forms = {(m.contender.form, m.contender.weights) for m in kernels if m.contender.layout != OWN_LAYOUT}
     for m in kernels:
         own = m.contender.layout == OWN_LAYOUT
-        for layout in sorted(layouts) if own else [m.contender.layout]:
+        fitting = sorted(form for form, weights in forms if weights == m.contender.weights)
+        for layout in fitting if own else [m.contender.form]:
             groups.setdefault((m.case, m.contender.activations, layout), []).append(m)
     return [check for key, members in groups.items() if (check := _dispatch_check(key, members)) is not None]
 

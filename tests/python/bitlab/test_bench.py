@@ -38,7 +38,7 @@ from bitlab.bench.limits import (
     weight_read_samplers,
 )
 from bitlab.bench.limits_library import STREAMS
-from bitlab.bench.options import BenchOptions, UsageError
+from bitlab.bench.options import WEIGHTS, BenchOptions, UsageError
 from bitlab.bench.peers import PEERS, Peer, selected
 from bitlab.bench.peers.transformers_bitnet import MODULE
 from bitlab.bench.results import Case, Limit, Measurement, TrainingMeasurement
@@ -51,7 +51,18 @@ PNG = b"\x89PNG\r\n\x1a\n"
 TINY = ["--shapes", "64x256", "--rows", "1,5", "--threads", "1", "--repetitions", "2", "--in-cache"]
 MEASUREMENT_KEYS = {
     *("out_features", "in_features", "rows", "threads", "name", "is_peer", "layout", "activations", "dispatched"),
-    *("registered", "path", "weight_bytes", "median_us", "p10_us", "p90_us", "repetitions", "gb_per_s", "gops"),
+    *(
+        "registered",
+        "path",
+        "weights",
+        "weight_bytes",
+        "median_us",
+        "p10_us",
+        "p90_us",
+        "repetitions",
+        "gb_per_s",
+        "gops",
+    ),
     *("limit_us", "limited_by", "percent_of_limit", "times_as_fast_as"),
 }
 LIMIT_KEYS = {
@@ -241,15 +252,18 @@ def test_an_imported_module_registers_its_kernel(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("activations", ["int8", "float32"])
 @pytest.mark.parametrize("rotated_bytes", [0, 30_000])
 def test_kernels_compute_the_layer_from_every_copy(activations: str, rotated_bytes: int) -> None:
-    layer, x = make_layer(48, 96, rotated_bytes), make_x(3, 96)
+    layer, x = make_layer(48, 150, rotated_bytes), make_x(3, 150)
     expected = x.double() @ layer.weight().double().T
-    options = BenchOptions(kernels=("all", "ReferenceKernel", "TorchKernel"), activations=(activations,))
+    options = BenchOptions(
+        kernels=("all", "ReferenceKernel", "TorchKernel"), activations=(activations,), weights=WEIGHTS
+    )
     pools, reasons = contenders.layouts_of(layer, ("2bit", "1.6bit"))
     assert not reasons
     assert (len(pools["2bit"].copies) > 1) == (rotated_bytes > 0)
     with torch.inference_mode():
-        prepared = contenders.prepare_kernels(layer, contenders.choose_kernels(options), pools)
+        prepared = contenders.prepare_kernels(layer, contenders.choose_kernels(options), pools, options.weights)
         assert {c.name for c in prepared} >= {"ReferenceKernel", "TorchKernel"}
+        assert {c.weights for c in prepared} == set(WEIGHTS)
         for contender, held in prepared.items():
             call = held.bind(x)
             for _ in range(len(pools[contender.layout].copies) + 1):
@@ -266,7 +280,9 @@ def test_kernels_go_through_the_copies_together() -> None:
             read.append(args[2].data_ptr())
             return args[0]
 
-    prepared = contenders.prepare_kernels(make_layer(48, 96, 5000), {"int8": [Reader(), Reader()]}, {"2bit": pool})
+    prepared = contenders.prepare_kernels(
+        make_layer(48, 96, 5000), {"int8": [Reader(), Reader()]}, {"2bit": pool}, ("per_tensor",)
+    )
     assert len(prepared) == 1  # One name, one line of the tables.
     (held,) = prepared.values()
     first, second = held.bind(make_x(1, 96)), held.bind(make_x(2, 96))

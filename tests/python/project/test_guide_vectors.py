@@ -25,7 +25,8 @@ def floats(bits: str) -> oracle.Floats:
 
 
 def config_of(vector: dict[str, Any]) -> BitQuantConfig:
-    return BitQuantConfig(vector["weight_granularity"], vector["activation_dtype"], vector["activation_granularity"])
+    granularities = vector["weight_granularity"], vector["activation_dtype"], vector["activation_granularity"]
+    return BitQuantConfig(*granularities, vector.get("group_size", 128))
 
 
 def bits_of(tensor: torch.Tensor) -> str:
@@ -86,6 +87,8 @@ def test_outputs_of_every_kernel(vector: dict[str, Any], name: str) -> None:
     x = torch.from_numpy(floats(vector["x"])).view(-1, k)
     bias = None if vector["bias"] is None else torch.from_numpy(floats(vector["bias"]))
     scale = torch.from_numpy(floats(vector["weight_scale"]))
+    if config.weight_granularity == "per_group":
+        scale = scale.half().view(n, -1)
     with KernelRegistry.forced(name):
         for packed in vector["packed"].values():
             qweight = torch.tensor(list(bytes.fromhex(packed)), dtype=torch.uint8).view(n, -1)
