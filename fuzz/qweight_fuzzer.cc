@@ -1,5 +1,5 @@
 // Any bytes as a packed weight of any shape. check_qweight, unpack_weights and forward on every kernel of this machine
-// refuse them with a QuantizationError, or read them as the same ternary weights.
+// refuse them with a QuantizationError, or read them as the same ternary weights; with scales per group, too.
 #include <bit>
 #include <cmath>
 #include <memory>
@@ -19,6 +19,7 @@ struct Case {
   BitQuantConfig config;
   std::unique_ptr<std::uint8_t[]> bytes;  // of exactly the weight's size: the sanitizer sees what is read behind it
   std::int64_t row_bytes;
+  bool any_scales;  // those of groups are any float16, also ones that forward refuses
 
   ConstMatrixView qweight() const { return {bytes.get(), out_features, row_bytes}; }
 };
@@ -49,6 +50,14 @@ Case read_case(std::span<const std::uint8_t> input) {
   c.config.activation_dtype = bits & 2 ? ActivationDtype::float32 : ActivationDtype::int8;
   c.config.activation_granularity = bits & 4 ? Granularity::per_channel : Granularity::per_tensor;
   c.tokens = bits & 8 ? 20 : 1;  // both ways through the kernels: directly, and by panels
+  if (bits & 16) {
+    c.config.weight_granularity = Granularity::per_group;
+    c.config.group_size = kGroupSizes[bits >> 5 & 3];
+    if (bits & 1 && c.config.activation_dtype == ActivationDtype::int8) {
+      c.config.activation_granularity = Granularity::per_group;
+    }
+  }
+  c.any_scales = (bits & 128) != 0;
   const std::span<const std::uint8_t> bytes = input.subspan(kQweightFields);
   const auto mode = static_cast<QweightMode>(input[kMode] % kQweightModes);
   if (mode != raw) {
@@ -66,7 +75,14 @@ Case read_case(std::span<const std::uint8_t> input) {
 std::vector<float> forward(const Case& c, ConstMatrixView qweight, std::string_view kernel) {
   std::vector<float> x(static_cast<std::size_t>(c.tokens * c.in_features));
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i * 5 % 13) - 6.0f;
-  const std::vector<float> scale(c.config.weight_granularity == Granularity::per_tensor ? 1 : c.out_features, 0.5f);
+  const std::int64_t scales = weight_scale_size(c.out_features, c.in_features, c.config);
+  const std::vector<float> floats(static_cast<std::size_t>(scales), 0.5f);
+  std::vector<std::uint16_t> halves(floats.size(), 0x3800);  // 0.5
+  for (std::size_t i = 0; c.any_scales && i < halves.size(); ++i) {
+    halves[i] = static_cast<std::uint16_t>(0x1235 * i + 0x0107 * static_cast<std::size_t>(c.in_features));
+  }
+  const bool grouped = c.config.weight_granularity == Granularity::per_group;
+  const ConstVectorView scale = grouped ? ConstVectorView(halves.data(), DType::float16, scales) : floats;
   std::vector<float> y(static_cast<std::size_t>(c.tokens * c.out_features));
   const bool refused = throws<QuantizationError>([&] {
     bitlinear::forward({x.data(), c.tokens, c.in_features}, scale, qweight, {}, c.config,
@@ -106,7 +122,7 @@ void check(const Case& c, std::uint8_t kernel) {
           "unpack_weights refuses what check_qweight refuses");
 
   const std::vector<float> y = forward(c, c.qweight(), kernel_of(c.config, kernel));
-  require(!whole || !y.empty(), "forward reads what check_qweight accepts");
+  require(!whole || !y.empty() || c.any_scales, "forward reads what check_qweight accepts");
   if (y.empty()) {
     require(forward(c, c.qweight(), "ReferenceKernel").empty(), "kernels refuse the same weights");
     return;

@@ -24,6 +24,7 @@ using testing::layouts_of;
 using testing::random_codes;
 using testing::random_floats;
 using testing::random_scales;
+using testing::typical_configs;
 
 struct Shape {
   std::int64_t tokens, out_features, in_features;
@@ -164,13 +165,10 @@ std::vector<std::string> all_names() {
 INSTANTIATE_TEST_SUITE_P(All, EveryKernel, ::testing::ValuesIn(all_names()),
                          [](const auto& name) { return name.param; });
 
-// Of all_configs(): those without groups, all in groups of 32, some of the other sizes.
-constexpr int kSweptConfigs[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 19, 21, 22, 24, 27};
-
 class KernelShapes : public WithTestKernels, public ::testing::WithParamInterface<std::tuple<int, Shape>> {};
 
 TEST_P(KernelShapes, MatchReference) {
-  const BitQuantConfig config = all_configs()[static_cast<std::size_t>(std::get<0>(GetParam()))];
+  const BitQuantConfig config = typical_configs()[static_cast<std::size_t>(std::get<0>(GetParam()))];
   const Shape shape = std::get<1>(GetParam());
   const Layer layer(config, shape.out_features, shape.in_features, 7);
   check_all_kernels(layer, random_floats(shape.tokens * shape.in_features, 11));
@@ -180,7 +178,7 @@ TEST_P(KernelShapes, MatchReference) {
 // and 512 k; primes; no tokens at all; enough work for two threads.
 INSTANTIATE_TEST_SUITE_P(
     Sweep, KernelShapes,
-    ::testing::Combine(::testing::ValuesIn(kSweptConfigs),
+    ::testing::Combine(::testing::Range(0, 13),
                        ::testing::Values(Shape{0, 5, 7}, Shape{1, 1, 1}, Shape{1, 17, 15}, Shape{2, 16, 16},
                                          Shape{3, 15, 17}, Shape{4, 31, 63}, Shape{5, 32, 65}, Shape{7, 33, 127},
                                          Shape{8, 48, 128}, Shape{11, 47, 255}, Shape{12, 64, 256}, Shape{13, 65, 257},
@@ -246,7 +244,7 @@ TEST_F(Kernels, EveryByteOfFiveCodes) {
 TEST_F(Kernels, ExtremeValues) {
   const float huge = std::numeric_limits<float>::max();
   const float denormal = std::numeric_limits<float>::denorm_min();
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : typical_configs()) {
     const Layer layer(config, 33, 70, 5);
     for (const std::int64_t tokens : {1, 3, 6, 14, 40}) {
       SCOPED_TRACE(to_string(config) + " tokens " + std::to_string(tokens));
@@ -268,7 +266,7 @@ TEST_F(Kernels, ExtremeValues) {
 }
 
 TEST_F(Kernels, NonFiniteRows) {
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : typical_configs()) {
     const Layer layer(config, 20, 40, 6);
     for (const std::int64_t tokens : {3, 30}) {
       for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(),
@@ -337,13 +335,13 @@ TEST_F(Kernels, Int16SumsAtTheirBounds) {
 }
 
 TEST_F(Kernels, GroupsOfExtremeCodes) {
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : typical_configs()) {
     if (config.weight_granularity != Granularity::per_group || config.activation_dtype == ActivationDtype::float32 ||
         config.activation_granularity == Granularity::per_tensor) {
       continue;
     }
-    for (const std::int64_t tokens : {1, 2, 4, 5, 9, 13, 30}) {
-      for (const std::int64_t k : {1, 31, 255, 256, 257, 1041}) check_extreme_codes(tokens, 83, k, config);
+    for (const std::int64_t tokens : {1, 2, 5, 9, 13, 30}) {
+      for (const std::int64_t k : {31, 256, 257, 530}) check_extreme_codes(tokens, 67, k, config);
     }
   }
 }
@@ -362,7 +360,7 @@ TEST_F(Kernels, MostInFeatures) {
 }
 
 TEST_F(Kernels, HugeAndTinyScales) {
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : typical_configs()) {
     Layer layer(config, 18, 50, 2);
     const Floats x = random_floats(14 * 50, 3);
     const bool groups = config.weight_granularity == Granularity::per_group;

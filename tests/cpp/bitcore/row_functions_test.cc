@@ -54,6 +54,39 @@ double slow_sum(const Floats& values) {
   return lanes[0];
 }
 
+// Every float16 there is, in matrices of odd and even sizes, next to rows and groups that are not to be written.
+TEST(RowFunctions, TransposeScales) {
+  for (const Named& named : all_functions()) {
+    for (const std::int64_t rows : {1, 7, 15, 16}) {
+      for (const std::int64_t groups : {1, 7, 8, 9, 32, 100}) {
+        SCOPED_TRACE(std::string(named.name) + " " + std::to_string(rows) + " x " + std::to_string(groups));
+        const std::int64_t row_step = groups + 3, out_stride = 48;
+        for (std::uint32_t first = 0; first < 65536; first += static_cast<std::uint32_t>(rows * groups)) {
+          std::vector<std::uint16_t> bits(static_cast<std::size_t>(rows * row_step), 0);  // what lies between is 0
+          bool unusable = false;
+          for (std::int64_t i = 0; i < rows * groups; ++i) {
+            const std::uint32_t value = first + static_cast<std::uint32_t>(i);
+            const auto half = static_cast<std::uint16_t>(value < 65536 ? value : 0x3c00);
+            bits[static_cast<std::size_t>(i / groups * row_step + i % groups)] = half;
+            unusable |= half == 0 || half >= 0x7c00;
+          }
+          const auto size = static_cast<std::int64_t>(bits.size());
+          const Floats wide = testing::floats_of(FloatVector(ConstVectorView(bits.data(), DType::float16, size)));
+          Floats expected(static_cast<std::size_t>(groups * out_stride), 5.0f), out = expected;
+          for (std::int64_t i = 0; i < rows * groups; ++i) {
+            expected[static_cast<std::size_t>(i % groups * out_stride + i / groups)] =
+                wide[static_cast<std::size_t>(i / groups * row_step + i % groups)];
+          }
+          const std::uint32_t found =
+              named.functions.transpose_scales(bits.data(), row_step, rows, groups, out.data(), out_stride);
+          ASSERT_EQ(found != 0, unusable) << first;
+          ASSERT_EQ(testing::bits_of(out), testing::bits_of(expected)) << first;
+        }
+      }
+    }
+  }
+}
+
 TEST(RowFunctions, AbsoluteSum) {
   for (const Named& named : all_functions()) {
     for (const std::int64_t count : kCounts) {

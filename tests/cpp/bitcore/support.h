@@ -46,6 +46,19 @@ inline std::vector<std::uint32_t> bits_of(const Floats& values) {
   return bits;
 }
 
+/// All configs without groups, and of those with groups one of each kind: what slow tests go through.
+inline std::vector<BitQuantConfig> typical_configs() {
+  using enum Granularity;
+  std::vector<BitQuantConfig> configs = all_configs();
+  std::erase_if(configs, [](const BitQuantConfig& config) { return config.weight_granularity == per_group; });
+  configs.push_back({per_group, ActivationDtype::int8, per_group, 32});
+  configs.push_back({per_group, ActivationDtype::int8, per_channel, 128});
+  configs.push_back({per_group, ActivationDtype::int8, per_tensor, 64});
+  configs.push_back({per_group, ActivationDtype::int8, per_group, 256});
+  configs.push_back({per_group, ActivationDtype::float32, per_channel, 32});
+  return configs;
+}
+
 /// The elements, widened.
 inline Floats floats_of(const FloatVector& values) {
   Floats floats;

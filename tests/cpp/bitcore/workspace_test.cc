@@ -44,7 +44,7 @@ std::vector<std::string> kernels_with_workspace(const Call& call) {
 TEST(Workspace, ForwardAllocatesNothing) {
   ThreadPool pool(2);
   pool.run(2, [](int) {});  // starts its threads
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : testing::typical_configs()) {
     for (const Layout layout : kLayouts) {
       const Call call(config, layout);
       const std::vector<std::string> kernels = kernels_with_workspace(call);
@@ -74,7 +74,7 @@ TEST(Workspace, ForwardAllocatesNothing) {
 // Behind the workspace's end nothing is written: a canary of many cache lines.
 TEST(Workspace, IsNotOverrun) {
   ThreadPool pool(2);
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : testing::typical_configs()) {
     for (const Layout layout : kLayouts) {
       const Call call(config, layout);
       for (const std::string& kernel : kernels_with_workspace(call)) {
@@ -96,7 +96,7 @@ TEST(Workspace, IsNotOverrun) {
 
 TEST(Workspace, OneForMoreRowsServesFewer) {
   ThreadPool threads(2);
-  for (const BitQuantConfig& config : all_configs()) {
+  for (const BitQuantConfig& config : testing::typical_configs()) {
     const Call call(config, Layout::two_bit);
     for (const std::string& kernel : kernels_with_workspace(call)) {
       const bitlinear::Options options{&threads, kernel};

@@ -116,6 +116,30 @@ def test_a_saved_model_is_loaded_with_the_same_bits(family: str, shard: str, sta
 
 
 @both_states
+def test_scales_per_group(state: str, tmp_path: Path) -> None:
+    groups = BitQuantConfig("per_group", "int8", "per_group", 32)
+    model = convert(llama(), groups)
+    model.get_submodule(UP).quant_config = PER_ROW  # type: ignore[assignment]
+    model.get_submodule(Q).quant_config = BitQuantConfig("per_group")  # type: ignore[assignment]
+    put_into(state, model)
+    kind: Any = LlamaForCausalLM
+    loaded, report = kind.from_pretrained(saved(model, tmp_path), output_loading_info=True)
+    assert not any(report.values()), report
+    assert_same_bits(logits(loaded), logits(model))
+    found = quantization(tmp_path)
+    assert (found["weight_granularity"], found["group_size"]) == ("per_group", 32)
+    assert found["modules"][UP] == {"kind": "ternary", **PER_ROW.fields_unlike(groups)}
+    assert found["modules"][Q]["group_size"] == 128
+
+
+def test_a_float_checkpoint_becomes_one_of_groups(tmp_path: Path) -> None:
+    config = BitLabConfig("per_group", "int8", "per_channel", group_size=64, state="deployed")
+    model = LlamaForCausalLM.from_pretrained(saved(llama(), tmp_path), quantization_config=config)
+    assert model.get_submodule(Q).qweight_scale.dtype == torch.float16
+    assert model.get_submodule(Q).quant_config == BitQuantConfig("per_group", group_size=64)
+
+
+@both_states
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_stay(dtype: torch.dtype, state: str, tmp_path: Path) -> None:
     # Not `.to(dtype)`, which rounds the frequencies of the rotary embedding, too; they are in no checkpoint.
