@@ -31,6 +31,7 @@ class _PackedCopy(NamedTuple):
 
     weight: Tensor
     snapshot: Tensor  # Shares the weight's memory: while it lives, no other weight can have the same address.
+    form: tuple[object, ...]
     version: int
     sample: Tensor | None  # A view of some of the weight's elements,
     sampled: Tensor | None  # and what they were.
@@ -45,21 +46,24 @@ class _PackedCopy(NamedTuple):
         version, kernels, snapshot = weight._version, selection(), weight.detach()
         sample = _sample(snapshot)
         sampled = None if sample is None else sample.clone()
-        return cls(weight, snapshot, version, sample, sampled, config, kernels, *_prepare(weight, config))
+        form = _form(snapshot)
+        return cls(weight, snapshot, form, version, sample, sampled, config, kernels, *_prepare(weight, config))
 
     def is_of(self, weight: Tensor, config: BitQuantConfig) -> bool:
         """Whether weight, config and kernels are what they were: values, place, form, type."""
         return (
             self.weight is weight
             and self.version == weight._version
-            and self.snapshot.data_ptr() == weight.data_ptr()
-            and self.snapshot.dtype == weight.dtype
-            and self.snapshot.stride() == weight.stride()
-            and self.snapshot.shape == weight.shape
+            and self.form == _form(weight)
             and (self.config is config or self.config == config)
             and self.kernels == selection()
             and (self.sample is None or self.sampled is None or torch.equal(self.sample, self.sampled))
         )
+
+
+def _form(weight: Tensor) -> tuple[object, ...]:
+    """Place and form: what `weight.data = ...` may change."""
+    return weight.data_ptr(), weight.dtype, weight.stride(), weight.shape
 
 
 def _sample(weight: Tensor) -> Tensor | None:
