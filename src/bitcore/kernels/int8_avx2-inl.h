@@ -170,13 +170,14 @@ typename Layout::Words load_half(const std::uint8_t* step, int half) {
   return Layout::split(load(step + half * kLanes * 4));
 }
 
-// What a register of sums of one token and half of a tile goes to: those of earlier k, [token][row],
+// What the two registers of sums of one token and one tile go to: those of earlier k, [token][row],
 struct AddToSums {
   std::int32_t* sums;
 
-  [[gnu::always_inline]] void operator()(int token, int half, __m256i rows) const {
-    auto* lanes = reinterpret_cast<__m256i*>(sums + token * kRows + half * kLanes);
-    _mm256_store_si256(lanes, _mm256_add_epi32(_mm256_load_si256(lanes), rows));
+  [[gnu::always_inline]] void operator()(int token, __m256i first, __m256i second) const {
+    auto* lanes = reinterpret_cast<__m256i*>(sums + token * kRows);
+    _mm256_store_si256(lanes, _mm256_add_epi32(_mm256_load_si256(lanes), first));
+    _mm256_store_si256(lanes + 1, _mm256_add_epi32(_mm256_load_si256(lanes + 1), second));
   }
 };
 
@@ -186,10 +187,11 @@ struct AddGroup {
   const float* w_scale;
   float* sums;
 
-  [[gnu::always_inline]] void operator()(int token, int half, __m256i rows) const {
+  [[gnu::always_inline]] void operator()(int token, __m256i first, __m256i second) const {
     using Registers = GroupSums<sizeof(__m256i)>;
-    Registers::add(std::bit_cast<Registers::Ints>(rows), x[token], w_scale + half * kLanes,
-                   sums + token * kRows + half * kLanes);
+    const Activation activation = x[token];  // once: the compiler takes sums for a place where it may lie
+    Registers::add(std::bit_cast<Registers::Ints>(first), activation, w_scale, sums + token * kRows);
+    Registers::add(std::bit_cast<Registers::Ints>(second), activation, w_scale + kLanes, sums + token * kRows + kLanes);
   }
 
   void next(const Groups& groups) {
@@ -224,7 +226,7 @@ std::uint32_t unpack_panel(const std::uint8_t* tiles, std::int64_t, std::int64_t
   return Layout::any(invalid[0], lane_mask(rows, 0)) | Layout::any(invalid[1], lane_mask(rows, 1));
 }
 
-// At most Arithmetic::kFoldGroups groups of four k. Calls finish(token, half, sums) with a register of rows.
+// At most Arithmetic::kFoldGroups groups of four k. Calls finish(token, sums, sums) with two registers of rows.
 template <class Arithmetic, int Tokens, class Finish>
 [[gnu::always_inline]] inline void gemm_groups(const std::uint8_t* weights, const std::uint8_t* x, std::int64_t groups,
                                                const Finish& finish) {
@@ -243,10 +245,7 @@ template <class Arithmetic, int Tokens, class Finish>
     }
   }
 #pragma GCC unroll 6
-  for (int m = 0; m < Tokens; ++m) {
-    finish(m, 0, Arithmetic::rows(acc[m][0]));
-    finish(m, 1, Arithmetic::rows(acc[m][1]));
-  }
+  for (int m = 0; m < Tokens; ++m) finish(m, Arithmetic::rows(acc[m][0]), Arithmetic::rows(acc[m][1]));
 }
 
 // Any number of k.
@@ -343,8 +342,8 @@ template <class Arithmetic, class Layout, int Sums, class Finish, int... Token>
 [[gnu::always_inline]] inline void finish_tokens(const DirectSums<sizeof...(Token), Sums>& acc, const Finish& finish,
                                                  std::integer_sequence<int, Token...>) {
   constexpr auto kEachSum = std::make_integer_sequence<int, Sums>();
-  ((finish(Token, 0, total_rows<Arithmetic, Layout>(acc[Token][0], kEachSum)),
-    finish(Token, 1, total_rows<Arithmetic, Layout>(acc[Token][1], kEachSum))),
+  (finish(Token, total_rows<Arithmetic, Layout>(acc[Token][0], kEachSum),
+          total_rows<Arithmetic, Layout>(acc[Token][1], kEachSum)),
    ...);
 }
 
@@ -369,7 +368,7 @@ constexpr std::int64_t fold_steps() {
   return Arithmetic::kFoldGroups / (groups * scale);
 }
 
-// At most fold_steps() steps of a tile times all tokens. Calls finish(token, half, sums) with a register of rows.
+// At most fold_steps() steps of a tile times all tokens. Calls finish(token, sums, sums) with two registers of rows.
 template <class Arithmetic, class Layout, int Tokens, class Finish>
 [[gnu::always_inline]] inline void direct_steps(const std::uint8_t* tile, std::int64_t rows, std::int64_t steps,
                                                 const std::uint8_t* x, __m256i (&invalid)[kHalves],
@@ -419,13 +418,16 @@ template <class Arithmetic, int Tokens>
         });
   }
   AddGroup finish = {groups.x, groups.w_scale, sums};
+  __m256i found[kHalves] = {invalid[0], invalid[1]};
   const std::int64_t group_steps = groups.k / kStepCodes;
   for (std::int64_t step = 0; step < steps; step += group_steps) {
     const std::int64_t count = group_steps < steps - step ? group_steps : steps - step;
-    direct_steps<Arithmetic, TwoBit, Tokens>(tile + step * rows * 4, rows, count, x + step * kStepCodes * Tokens,
-                                             invalid, finish);
+    direct_steps<Arithmetic, TwoBit, Tokens>(tile + step * rows * 4, rows, count, x + step * kStepCodes * Tokens, found,
+                                             finish);
     finish.next(groups);
   }
+  invalid[0] = found[0];
+  invalid[1] = found[1];
 }
 
 // Calls direct_all<tokens> or direct_grouped<tokens>.

@@ -207,7 +207,7 @@ TEST_F(Kernels, SeveralPanelsOfPackedWeights) {
   for (const BitQuantConfig& config : kTypicalConfigs) {
     if (config.activation_dtype == ActivationDtype::float32) continue;
     const Layer layer(config, 661, 1203, 3);
-    for (const std::int64_t tokens : {1, 25, 49}) {
+    for (const std::int64_t tokens : {1, 49}) {
       SCOPED_TRACE(tokens);
       check_all_kernels(layer, random_floats(tokens * 1203, static_cast<unsigned>(tokens)));
     }
@@ -349,7 +349,7 @@ TEST_F(Kernels, GroupsOfExtremeCodes) {
 // Around the k at which an int32 sum of a 2-bit field that is worth 64 times its value is folded (262,144) and would
 // overflow (524,292).
 TEST_F(Kernels, Int32SumsAtTheirBounds) {
-  for (const std::int64_t in_features : {262143, 262145, 524287, 524291, 524293, 600001}) {
+  for (const std::int64_t in_features : {262145, 524287, 524293}) {
     for (const std::int64_t tokens : {1, 2, 4, 13}) check_extreme_codes(tokens, 2, in_features);
   }
 }
