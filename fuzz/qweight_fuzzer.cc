@@ -6,6 +6,7 @@
 
 #include "bitcore/exceptions.h"
 #include "bitcore/kernels/registry.h"
+#include "bitcore/ops/base.h"
 #include "bitcore/ops/bitlinear.h"
 #include "fuzz/support.h"
 #include "layouts.h"
