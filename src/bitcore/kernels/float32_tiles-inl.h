@@ -174,14 +174,12 @@ struct Float32Direct : Float32Steps<Isa> {
       if (tokens < Count) return direct<Count - 1>(tile, tile_rows, steps, packed_tokens, tokens, groups, sums);
     }
     const auto* x = static_cast<const float*>(packed_tokens);
-    auto* out = static_cast<float*>(sums);
-    std::fill_n(out, Count * kTileRows, 0.0f);
-    if (groups == nullptr) return multiply_rows<Count>(tile, tile_rows, steps, x, out);
+    std::fill_n(static_cast<float*>(sums), Count * kTileRows, 0.0f);
     std::uint32_t invalid = 0;
-    multiply_groups_of_k<kTileRows, Count, float>(
-        *groups, Count, steps * kStepCodes, out, [&](std::int64_t k, std::int64_t count, float* group) {
+    multiply_by_groups<kTileRows, Count, float>(
+        groups, Count, steps * kStepCodes, sums, [&](std::int64_t k, std::int64_t count, float* out) {
           invalid |= multiply_rows<Count>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
-                                          x + k * Count, group);
+                                          x + k * Count, out);
         });
     return invalid;
   }
@@ -281,12 +279,10 @@ struct Float32Panels : Float32Steps<Isa> {
     }
     const auto* weights = static_cast<const float*>(panel);
     const auto* x = static_cast<const float*>(packed_tokens);
-    auto* out = static_cast<float*>(sums);
-    if (groups == nullptr) return gemm_steps<Count>(weights, x, k_count, out);
-    multiply_groups_of_k<kRows, Count, float>(*groups, Count, k_count, out,
-                                              [&](std::int64_t k, std::int64_t count, float* group) {
-                                                gemm_steps<Count>(weights + k * kRows, x + k * Count, count, group);
-                                              });
+    multiply_by_groups<kRows, Count, float>(groups, Count, k_count, sums,
+                                            [&](std::int64_t k, std::int64_t count, float* group) {
+                                              gemm_steps<Count>(weights + k * kRows, x + k * Count, count, group);
+                                            });
   }
 
   static constexpr TileFunctions added_to(TileFunctions functions) {

@@ -411,8 +411,8 @@ template <class Arithmetic, int Tokens>
                                       float* sums) {
   constexpr std::int64_t kFoldSteps = fold_steps<Arithmetic, TwoBit, Arithmetic::direct_sums(Tokens)>();
   if (groups.k > kFoldSteps * kStepCodes) {
-    return multiply_groups_of_k<kRows, Tokens, std::int32_t>(
-        groups, Tokens, steps * kStepCodes, sums, [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+    return multiply_by_groups<kRows, Tokens, std::int32_t>(
+        &groups, Tokens, steps * kStepCodes, sums, [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
           direct_all<Arithmetic, TwoBit, Tokens>(tile + k / kStepCodes * rows * 4, rows, count / kStepCodes,
                                                  x + k * Tokens, invalid, group);
         });

@@ -91,14 +91,10 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
           void* sums) {
   const auto* weights = static_cast<const std::int8_t*>(panel);
   const auto* x = static_cast<const std::int8_t*>(packed_tokens);
-  if (groups == nullptr) {
-    return gemm_tokens<kTokens>(weights, x, tokens, k_count, static_cast<std::int32_t*>(sums));
-  }
-  multiply_groups_of_k<kRows, kTokens, std::int32_t>(*groups, tokens, k_count, static_cast<float*>(sums),
-                                                     [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
-                                                       gemm_tokens<kTokens>(weights + k * kRows, x + k * tokens, tokens,
-                                                                            count, group);
-                                                     });
+  multiply_by_groups<kRows, kTokens, std::int32_t>(
+      groups, tokens, k_count, sums, [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+        gemm_tokens<kTokens>(weights + k * kRows, x + k * tokens, tokens, count, group);
+      });
 }
 
 template <int Field, int Tokens>
@@ -140,16 +136,11 @@ std::uint32_t direct(const std::uint8_t* tile, std::int64_t tile_rows, std::int6
   const auto* x = static_cast<const std::int8_t*>(packed_tokens);
   uint32x4_t invalid[kQuarters] = {};
   std::memset(sums, 0, static_cast<std::size_t>(tokens * kTileRows) * sizeof(std::int32_t));
-  if (groups == nullptr) {
-    direct_tokens<kDirectTokens>(tile, tile_rows, steps, x, tokens, static_cast<std::int32_t*>(sums), invalid);
-  } else {
-    multiply_groups_of_k<kRows, kDirectTokens, std::int32_t>(
-        *groups, tokens, steps * kStepCodes, static_cast<float*>(sums),
-        [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
-          direct_tokens<kDirectTokens>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
-                                       x + k * tokens, tokens, group, invalid);
-        });
-  }
+  multiply_by_groups<kRows, kDirectTokens, std::int32_t>(
+      groups, tokens, steps * kStepCodes, sums, [&](std::int64_t k, std::int64_t count, std::int32_t* out) {
+        direct_tokens<kDirectTokens>(tile + k / kStepCodes * tile_rows * 4, tile_rows, count / kStepCodes,
+                                     x + k * tokens, tokens, out, invalid);
+      });
   return any_invalid(invalid, tile_rows);
 }
 

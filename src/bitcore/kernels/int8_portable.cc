@@ -98,13 +98,10 @@ void gemm(const void* panel, const void* packed_tokens, std::int64_t tokens, std
           void* sums) {
   const auto* weights = static_cast<const std::int16_t*>(panel);
   const auto* x = static_cast<const std::int16_t*>(packed_tokens);
-  if (groups == nullptr) {
-    return gemm_part(weights, x, tokens, k_count, k_count, static_cast<std::int32_t*>(sums));
-  }
-  multiply_groups_of_k<kRows, kTokens, std::int32_t>(*groups, tokens, k_count, static_cast<float*>(sums),
-                                                     [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
-                                                       gemm_part(weights + k, x + k, tokens, k_count, count, group);
-                                                     });
+  multiply_by_groups<kRows, kTokens, std::int32_t>(groups, tokens, k_count, sums,
+                                                   [&](std::int64_t k, std::int64_t count, std::int32_t* group) {
+                                                     gemm_part(weights + k, x + k, tokens, k_count, count, group);
+                                                   });
 }
 
 }  // namespace

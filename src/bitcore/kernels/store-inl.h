@@ -73,18 +73,20 @@ template <std::int64_t Rows, class Sum>
   }
 }
 
-/// Calls multiply(first, count, sums) for the groups of `k_count` k, which adds those of k [first, first + count) to
-/// its sums, [Tokens][Rows], and adds them to `sums`. @param tokens Up to Tokens.
+/// Calls multiply(first, count, sums), which adds those of k [first, first + count), once for all `k_count` k, or for
+/// each of their groups, whose sums, [Tokens][Rows], it scales and adds to `sums`.
+/// @param groups Null if there are none. @param tokens Up to Tokens. @param sums Sum, or with groups float.
 template <std::int64_t Rows, int Tokens, class Sum, class Multiply>
-[[gnu::always_inline]] inline void multiply_groups_of_k(const Groups& groups, std::int64_t tokens, std::int64_t k_count,
-                                                        float* sums, const Multiply& multiply) {
-  const Activation* x = groups.x;
-  const float* w_scale = groups.w_scale;
-  for (std::int64_t first = 0; first < k_count; first += groups.k, x += groups.x_stride, w_scale += Rows) {
+[[gnu::always_inline]] inline void multiply_by_groups(const Groups* groups, std::int64_t tokens, std::int64_t k_count,
+                                                      void* sums, const Multiply& multiply) {
+  if (groups == nullptr) return multiply(0, k_count, static_cast<Sum*>(sums));
+  const Activation* x = groups->x;
+  const float* w_scale = groups->w_scale;
+  for (std::int64_t first = 0; first < k_count; first += groups->k, x += groups->x_stride, w_scale += Rows) {
     alignas(64) Sum group[Tokens * Rows];
     std::memset(group, 0, static_cast<std::size_t>(tokens * Rows) * sizeof(Sum));
-    multiply(first, groups.k < k_count - first ? groups.k : k_count - first, group);
-    add_groups<Rows>(group, tokens, x, w_scale, sums);
+    multiply(first, groups->k < k_count - first ? groups->k : k_count - first, group);
+    add_groups<Rows>(group, tokens, x, w_scale, static_cast<float*>(sums));
   }
 }
 
