@@ -5,8 +5,8 @@
 # Three lanes of tests; times on two idle cores, after the build:
 #
 #   make check      the quick C++ and Python tests, for every change: about 75 seconds
-#   make test       all C++ and Python tests: about 5 minutes
-#   make test-slow  sanitizers, fuzzing, emulated CPUs, the wheel, the guide's kernel: about 10 minutes
+#   make test       all C++ and Python tests: about 6 minutes
+#   make test-slow  sanitizers, fuzzing, emulated CPUs, the wheel, the guide's kernel: about 15 minutes
 #
 #   make setup    .venv with all that is needed, and the build
 #   make build    compiles what has changed
