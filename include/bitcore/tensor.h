@@ -2,12 +2,12 @@
 /// Views of memory that the caller owns. The engine copies no tensor that it can read in place.
 #pragma once
 
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <ranges>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 namespace bitcore {
@@ -43,9 +43,10 @@ struct DTypeOf<std::uint8_t> {
 };
 
 template <class Range>
-concept FloatRange = std::ranges::contiguous_range<Range> && std::ranges::sized_range<Range> &&
-                     std::same_as < std::ranges::range_value_t<Range>,
-float > ;
+inline constexpr bool kHoldsFloats = std::is_same_v<std::ranges::range_value_t<Range>, float>;
+
+template <class Range>
+concept FloatRange = std::ranges::contiguous_range<Range> && std::ranges::sized_range<Range> && kHoldsFloats<Range>;
 }  // namespace detail
 
 /// A matrix to read: `rows` rows of `cols` adjacent elements, `row_stride` elements apart. Every function that takes

@@ -11,6 +11,7 @@ from bitcore._torch_private import is_tracing
 from bitcore.config import BitQuantConfig, require_config
 from bitcore.exceptions import QuantizationError, StateError
 from bitcore.kernels.registry import KernelRegistry, selection
+from bitcore.operators.checks import weight_scale_dtype
 from bitcore.ops import bitlinear
 from bitcore.ops.packing import check_qweight
 from bitcore.ops.weight_gradient import attach_weight_gradient
@@ -354,7 +355,8 @@ class BitLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         if self.qweight_scale is not None and self.qweight is not None:  # With assign=True the loaded tensors.
             shape = self.quant_config.weight_scale_shape(self.out_features, self.in_features)
-            self.qweight_scale = _ordinary(self.qweight_scale).to(_scale_dtype(self.quant_config)).reshape(shape)
+            dtype = weight_scale_dtype(self.quant_config.weight_group_size)
+            self.qweight_scale = _ordinary(self.qweight_scale).to(dtype).reshape(shape)
             self.qweight = _ordinary(self.qweight)
 
     def _expect_deployed_state(self, prefix: str, found: dict[str, Tensor | None]) -> None:
@@ -370,7 +372,8 @@ class BitLinear(nn.Linear):
             device = self.weight.device
             shape = self.quant_config.weight_scale_shape(self.out_features, self.in_features)
             with torch.inference_mode(False):  # Autograd may have to save them.
-                scale = torch.ones(shape, dtype=_scale_dtype(self.quant_config), device=device)
+                dtype = weight_scale_dtype(self.quant_config.weight_group_size)
+                scale = torch.ones(shape, dtype=dtype, device=device)
                 self._become_deployed(scale, torch.empty_like(qweight, device=device))
 
     def _expect_trainable_state(self, prefix: str, weight: Tensor) -> None:
@@ -502,10 +505,6 @@ def _check_one_device(tensors: dict[str, Tensor | None]) -> None:
     if len(set(devices.values())) > 1:
         where = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise QuantizationError(f"state_dict has {where}, expected one device")
-
-
-def _scale_dtype(config: BitQuantConfig) -> torch.dtype:
-    return torch.float16 if config.weight_granularity == "per_group" else torch.float32
 
 
 def _ordinary(tensor: Tensor) -> Tensor:

@@ -145,6 +145,11 @@ def weight_scale_shape(out_features: int, in_features: int, per_channel: bool, g
     return [out_features] if per_channel else []
 
 
+def weight_scale_dtype(group_size: int) -> torch.dtype:
+    """float32; float16 per group (group_size is not 0)."""
+    return torch.float16 if group_size else torch.float32
+
+
 def weight_scale(
     name: str, scale: Tensor, out_features: int, in_features: int, per_channel: bool, group_size: int
 ) -> None:
@@ -153,7 +158,7 @@ def weight_scale(
     float16 (out_features, groups) per group.
     """
     dense(name, scale)
-    dtype = torch.float16 if group_size else torch.float32
+    dtype = weight_scale_dtype(group_size)
     require(scale.dtype == dtype, f"{name} has dtype {name_of(scale.dtype)}, expected {name_of(dtype)}")
     shape = tuple(scale.shape)
     if group_size:

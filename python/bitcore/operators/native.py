@@ -181,7 +181,7 @@ def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _weight_scale_like(weight: Tensor, per_channel: bool, group_size: int) -> Tensor:
     checks.group_size(group_size, per_channel)
     shape = checks.weight_scale_shape(weight.shape[0], weight.shape[1], per_channel, group_size)
-    return weight.new_empty(shape, dtype=torch.float16 if group_size else torch.float32)
+    return weight.new_empty(shape, dtype=checks.weight_scale_dtype(group_size))
 
 
 def _packed_like(weight: Tensor, layout: str = "auto") -> Tensor:

@@ -349,14 +349,13 @@ def bitlinear_backward(
             dx = _scaled_matmul(dy, codes, qweight_scale.reshape(-1 if weight_per_channel else ())).to(dx_dtype)
     if dweight_dtype is not None:
         assert x is not None
-        flat = x.reshape(-1, in_features)
         if group_size and x.dtype == torch.int8:
             assert x_scale is not None
             s_x = _of_elements(x_scale, group_size, in_features) if x_per_group else x_scale
             values = (x.float() * s_x).reshape(-1, in_features).to(_matmul_dtype(dy))
             dweight = (rows.t().to(values.dtype) @ values).to(dweight_dtype)
         else:
-            dweight = _dweight(rows, flat, x_scale).to(dweight_dtype)
+            dweight = _dweight(rows, x.reshape(-1, in_features), x_scale).to(dweight_dtype)
     if dbias_dtype is not None:
         dbias = rows.float().sum(0).to(dbias_dtype)
     return dx, dweight, dbias

@@ -17,6 +17,7 @@ from bitcore.exceptions import KernelNotFoundError, QuantizationError
 from bitcore.kernels import BitKernelBase, KernelRegistry
 from bitcore.kernels.operator_kernel import OperatorKernel
 from bitcore.kernels.registry import find, user_kernels
+from bitcore.operators.checks import weight_scale_dtype
 from bitcore.ops.packing import pack_weights
 from bitlab.bench.layer import WEIGHT_SCALE, Call, Layer, Prepared
 from bitlab.bench.limits import best_path, kernel_path
@@ -186,7 +187,7 @@ def _contender(kernel: BitKernelBase, layout: str, config: BitQuantConfig, weigh
 
 def _standard(kernel: BitKernelBase, layer: Layer, pool: Pool, config: BitQuantConfig) -> Prepared:
     shape = config.weight_scale_shape(layer.out_features, layer.in_features)
-    scale = torch.full(shape, WEIGHT_SCALE, dtype=torch.float16 if config.weight_group_size else torch.float32)
+    scale = torch.full(shape, WEIGHT_SCALE, dtype=weight_scale_dtype(config.weight_group_size))
     weights = [(scale.clone(), qweight) for qweight in pool.copies]
     read = pool.copies[0].nbytes + (scale.nbytes if config.weight_group_size else 0)
     return Prepared(read, _binder(kernel, weights, pool.turn, config))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
 from bitcore.exceptions import FileError, QuantizationError
-from bitcore.operators.checks import has_layout, packed_row_bytes
+from bitcore.operators.checks import has_layout, packed_row_bytes, weight_scale_dtype
 from bitcore.ops.base import dequantize_weight
 from bitcore.ops.packing import unpack_weights
 from bitlayers.bitlinear import BitLinear
@@ -148,7 +148,7 @@ def _expect_packed(name: str, layer: BitLinear, plan: LayerPlan) -> None:
         raise FileError(f"{name}: layout is {plan.layout}, which does not exist for {layer.in_features} in_features")
     row_bytes = sum(packed_row_bytes(layer.out_features, layer.in_features, plan.layout))
     shape = plan.quant_config.weight_scale_shape(layer.out_features, layer.in_features)
-    dtype = torch.float16 if plan.quant_config.weight_granularity == "per_group" else torch.float32
+    dtype = weight_scale_dtype(plan.quant_config.weight_group_size)
     scale = torch.empty(shape, dtype=dtype, device="meta")
     layer._become_deployed(scale, torch.empty(layer.out_features, row_bytes, dtype=torch.uint8, device="meta"))
 

@@ -64,6 +64,13 @@ inline void widen(const void* source, DType dtype, std::int64_t count, float* ou
   }
 }
 
+/// Element `index` of floating ones, as float32.
+inline float widened(const void* source, DType dtype, std::int64_t index) {
+  float value;
+  widen(static_cast<const std::byte*>(source) + static_cast<std::size_t>(index) * size_of(dtype), dtype, 1, &value);
+  return value;
+}
+
 /// Writes `count` float32 elements, each rounded once to nearest even.
 inline void narrow(const float* in, std::int64_t count, DType dtype, void* destination) {
   if (dtype == DType::float32) {

@@ -29,10 +29,7 @@ struct Scales {
         row_step(granularity == Granularity::per_tensor ? 0 : groups) {}
 
   float at(std::int64_t row, std::int64_t group = 0) const {
-    float value;
-    const auto index = static_cast<std::size_t>(row * row_step + group);
-    widen(static_cast<const std::byte*>(values.data) + index * size_of(values.dtype), values.dtype, 1, &value);
-    return value;
+    return widened(values.data, values.dtype, row * row_step + group);
   }
 
   /// Calls visit(first, count, scale) for columns [first, first + count) of a row, group by group.
@@ -45,16 +42,19 @@ struct Scales {
   }
 };
 
-/// Kernels call it, as fail_invalid_code(), where they have met such a scale.
-[[noreturn]] inline void fail_unusable_scale(ConstVectorView scale) {
+/// Throws where one is not finite and positive.
+inline void check_usable_scales(ConstVectorView scale) {
   for (std::int64_t i = 0; i < scale.size; ++i) {
-    float value;
-    const auto at = static_cast<std::size_t>(i) * size_of(scale.dtype);
-    widen(static_cast<const std::byte*>(scale.data) + at, scale.dtype, 1, &value);
+    const float value = widened(scale.data, scale.dtype, i);
     if (!(std::isfinite(value) && value > 0.0f)) {
       fail("qweight_scale must be finite and positive, got ", value, " at ", i);
     }
   }
+}
+
+/// Kernels call it, as fail_invalid_code(), where they have met such a scale.
+[[noreturn]] inline void fail_unusable_scale(ConstVectorView scale) {
+  check_usable_scales(scale);
   fail("qweight_scale must be finite and positive, and changed while it was read");
 }
 

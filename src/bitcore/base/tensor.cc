@@ -36,10 +36,6 @@ FloatVector::FloatVector(ConstVectorView values) : dtype_(values.dtype) {
   bits_.assign(bytes, bytes + static_cast<std::size_t>(values.size) * size_of(dtype_));
 }
 
-float FloatVector::operator[](std::int64_t index) const {
-  float value;
-  widen(bits_.data() + static_cast<std::size_t>(index) * size_of(dtype_), dtype_, 1, &value);
-  return value;
-}
+float FloatVector::operator[](std::int64_t index) const { return widened(bits_.data(), dtype_, index); }
 
 }  // namespace bitcore

@@ -1,6 +1,5 @@
 // The contract in plain loops: slow, obvious, and what every other kernel is tested against.
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "bitcore/base/checks.h"
@@ -25,7 +24,7 @@ class ReferenceKernel final : public BitKernelBase {
     const std::int64_t out_features = args.y.cols;
     const std::vector<std::int8_t> weights = unpack(args, out_features, in_features);
     const Scales scales = weight_scales(args.qweight_scale, in_features, args.config);
-    if (args.check_scales) check_scales(scales, out_features);
+    if (args.check_scales) check_usable_scales(args.qweight_scale);
     std::vector<float> bias(static_cast<std::size_t>(out_features));
     if (args.bias) widen(args.bias.data, args.bias.dtype, out_features, bias.data());
 
@@ -44,15 +43,6 @@ class ReferenceKernel final : public BitKernelBase {
   }
 
  private:
-  static void check_scales(const Scales& scales, std::int64_t out_features) {
-    for (std::int64_t n = 0; n < out_features; ++n) {
-      for (std::int64_t group = 0; group < scales.groups; ++group) {
-        const float scale = scales.at(n, group);
-        if (!(std::isfinite(scale) && scale > 0.0f)) fail_unusable_scale(scales.values);
-      }
-    }
-  }
-
   // One group: the sum, scaled. Several: their sums, scaled, added up from 0.
   template <class ScaledSum>
   static float sum_of_groups(const Scales& scales, std::int64_t in_features, const ScaledSum& scaled_sum) {
