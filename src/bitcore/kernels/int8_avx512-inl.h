@@ -194,14 +194,17 @@ template <class Layout, int... Token>
 }
 
 template <int... Sum>
-[[gnu::always_inline]] inline void clear_token(__m512i (&acc)[sizeof...(Sum)], std::integer_sequence<int, Sum...>) {
-  ((acc[Sum] = _mm512_setzero_si512()), ...);
+[[gnu::always_inline]] inline void start_token(__m512i (&acc)[sizeof...(Sum)], __m512i first,
+                                               std::integer_sequence<int, Sum...>) {
+  ((acc[Sum] = Sum == 0 ? first : _mm512_setzero_si512()), ...);
 }
 
-template <class Layout, int... Token>
-[[gnu::always_inline]] inline void clear(Sums<Layout, sizeof...(Token)>& acc, std::integer_sequence<int, Token...>) {
+// Sums before the first step. The codes of the first sum of a token are never scaled.
+template <class Layout, class Finish, int... Token>
+[[gnu::always_inline]] inline void start(Sums<Layout, sizeof...(Token)>& acc, const Finish& finish,
+                                         std::integer_sequence<int, Token...>) {
   constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(sizeof...(Token))>();
-  (clear_token(acc[Token], kSums), ...);
+  (start_token(acc[Token], finish.start(Token), kSums), ...);
 }
 
 // A sum divided by what its codes were worth.
@@ -219,37 +222,45 @@ template <class Layout, int Tokens, int... Sum>
   return total;
 }
 
-// Calls finish(token, sums) for every token, with a register of rows.
+// Calls finish.finish(token, sums) for every token, with a register of rows.
 template <class Layout, class Finish, int... Token>
 [[gnu::always_inline]] inline void finish_tokens(const Sums<Layout, sizeof...(Token)>& acc, const Finish& finish,
                                                  std::integer_sequence<int, Token...>) {
   constexpr int kCount = sizeof...(Token);
   constexpr auto kSums = std::make_integer_sequence<int, sums_of_token<Layout>(kCount)>();
-  (finish(Token, total_of_token<Layout, kCount>(acc[Token], kSums)), ...);
+  (finish.finish(Token, total_of_token<Layout, kCount>(acc[Token], kSums)), ...);
 }
 
-// What finish_tokens calls: adds to the sums of earlier steps, if there are any, [token][sums_stride],
+// Where the sums of steps begin and end: they are added to those of earlier steps, if there are any,
+// [token][sums_stride],
 struct AddToSums {
   std::int32_t* sums;
   std::int64_t sums_stride;
   bool has_earlier;
 
-  [[gnu::always_inline]] void operator()(int token, __m512i total) const {
+  [[gnu::always_inline]] __m512i start(int) const { return _mm512_setzero_si512(); }
+
+  [[gnu::always_inline]] void finish(int token, __m512i total) const {
     std::int32_t* out = sums + token * sums_stride;
     const __mmask16 earlier = has_earlier ? 0xffff : 0;
     _mm512_store_si512(out, _mm512_add_epi32(_mm512_maskz_load_epi32(earlier, out), total));
   }
 };
 
-// or scales the sums of a group and adds them to those of earlier ones, [token][kTileRows].
+// or they are those of a group, which are scaled and added to those of earlier ones, [token][kTileRows]. They begin
+// with the offset, which takes no instruction: it is loaded where a zero would be set.
 struct AddGroup {
   const Activation* x;
   const float* w_scale;
   float* sums;
 
-  [[gnu::always_inline]] void operator()(int token, __m512i total) const {
+  [[gnu::always_inline]] __m512i start(int token) const { return _mm512_set1_epi32(x[token].offset); }
+
+  [[gnu::always_inline]] void finish(int token, __m512i total) const {
     using Registers = GroupSums<sizeof(__m512i)>;
-    Registers::add(std::bit_cast<Registers::Ints>(total), x[token], w_scale, sums + token * kTileRows);
+    float* out = sums;
+    asm("" : "+r"(out));  // hides that the last group wrote there: GCC 12 kept a copy of every sum on the stack
+    Registers::add(std::bit_cast<Registers::Ints>(total), {x[token].scale, 0}, w_scale, out + token * kTileRows);
   }
 };
 
@@ -262,14 +273,15 @@ template <class Layout, class Finish, int... Token>
   const __mmask16 mask = row_mask(rows);
   __m512i invalid = _mm512_setzero_si512();
   Sums<Layout, kCount> acc;
-  clear<Layout>(acc, tokens);
-  for (std::int64_t step = begin; step < end; ++step) {
+  start<Layout>(acc, finish, tokens);
+  std::int64_t step = begin;
+  do {
     const std::uint8_t* bytes = tile + step * rows * 4;
     _mm_prefetch(reinterpret_cast<const char*>(bytes + kPrefetchBytes), _MM_HINT_T0);
     const typename Layout::Words words = Layout::load(bytes, mask);
     invalid = Layout::collect(invalid, words);
     multiply_step<Layout>(acc, words, x + step * 4 * Layout::kGroups * kCount, tokens);
-  }
+  } while (++step < end);
   finish_tokens<Layout>(acc, finish, tokens);
   return invalid;
 }
@@ -318,7 +330,7 @@ constexpr int kStreamTokens = Layout::kGroups == 4 ? 4 : 2;
 // Four streams were slower with weights fetched farther ahead, two with the nearer ones.
 constexpr std::int64_t stream_prefetch_bytes(int tokens) { return tokens == 1 ? 512 : 2048; }
 
-// Steps [begin, end) of the tiles; finish: what finish_tokens calls, for each stream. Returns `found` with what
+// Steps [begin, end) of the tiles; finish: an AddToSums or AddGroup for each stream. Returns `found` with what
 // Layout::collect gathered.
 template <class Layout, class Finish, int... Token, int... Stream>
 [[gnu::always_inline]] inline __m512i stream_steps(const std::uint8_t* const* tiles, std::int64_t begin,
@@ -328,8 +340,9 @@ template <class Layout, class Finish, int... Token, int... Stream>
                                                    std::integer_sequence<int, Stream...>) {
   constexpr int kCount = sizeof...(Token);
   Sums<Layout, kCount> acc[sizeof...(Stream)];
-  (clear<Layout>(acc[Stream], tokens), ...);
-  for (std::int64_t step = begin; step < end; ++step) {
+  (start<Layout>(acc[Stream], finish[Stream], tokens), ...);
+  std::int64_t step = begin;
+  do {
     const auto multiply = [&](const std::uint8_t* bytes, Sums<Layout, kCount>& sums_of_stream)
         __attribute__((always_inline)) {
       _mm_prefetch(reinterpret_cast<const char*>(bytes + stream_prefetch_bytes(kCount)), _MM_HINT_T0);
@@ -338,7 +351,7 @@ template <class Layout, class Finish, int... Token, int... Stream>
       multiply_step<Layout>(sums_of_stream, words, x + step * 4 * Layout::kGroups * kCount, tokens);
     };
     (multiply(tiles[Stream] + step * kTileRows * 4, acc[Stream]), ...);
-  }
+  } while (++step < end);
   (finish_tokens<Layout>(acc[Stream], finish[Stream], tokens), ...);
   return found;
 }

@@ -13,11 +13,11 @@ namespace bitcore {
 namespace {
 
 /// Of int32 modulo 2^32, as the sums of codes may pass its bounds where those of weights do not.
-inline float sum_minus(std::int32_t sum, std::int32_t offset) {
+inline float with_offset(std::int32_t sum, std::int32_t offset) {
   return static_cast<float>(
-      static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) - static_cast<std::uint32_t>(offset)));
+      static_cast<std::int32_t>(static_cast<std::uint32_t>(sum) + static_cast<std::uint32_t>(offset)));
 }
-inline float sum_minus(float sum, std::int32_t) { return sum; }
+inline float with_offset(float sum, std::int32_t) { return sum; }
 
 /// Registers of so many bytes.
 template <std::size_t Bytes>
@@ -44,7 +44,7 @@ struct GroupSums {
   static constexpr std::int64_t kLanes = Bytes / sizeof(float);
 
   [[gnu::always_inline]] static void add(const Ints& group, Activation x, const float* w_scale, float* sums) {
-    add(__builtin_convertvector(group - x.sum, Floats), x, w_scale, sums);
+    add(__builtin_convertvector(group + x.offset, Floats), x, w_scale, sums);
   }
 
   [[gnu::always_inline]] static void add(const Floats& group, Activation x, const float* w_scale, float* sums) {
@@ -91,7 +91,7 @@ template <std::int64_t Rows, int Tokens, class Sum, class Multiply>
 }
 
 /// Writes `count` outputs of one token, up to 16: three float32 operations in this order, of sums that are Scaled
-/// already only the last, then one rounding to Type. Inputs are readable up to 16. @param offset Activation::sum. A
+/// already only the last, then one rounding to Type. Inputs are readable up to 16. @param offset Activation::offset. A
 /// constant count and Type let outputs go from registers to y.
 template <class Sum, bool Scaled, bool HasBias, DType Type>
 [[gnu::always_inline]] inline void store_lanes(const Sum* sums, std::int32_t offset, float x_scale,
@@ -102,7 +102,7 @@ template <class Sum, bool Scaled, bool HasBias, DType Type>
   if constexpr (Scaled) {
     for (std::int64_t i = 0; i < kLanes; ++i) out[i] = sums[i];
   } else {
-    for (std::int64_t i = 0; i < kLanes; ++i) out[i] = sum_minus(sums[i], offset) * (x_scale * w_scale[i]);
+    for (std::int64_t i = 0; i < kLanes; ++i) out[i] = with_offset(sums[i], offset) * (x_scale * w_scale[i]);
   }
   if constexpr (HasBias) {
     for (std::int64_t i = 0; i < kLanes; ++i) out[i] = out[i] + bias[i];
@@ -120,7 +120,7 @@ inline void store_block(const StoreBlock& block) {
     std::byte* y = block.y + m * block.y_stride;
     const Activation x = Scaled ? Activation{} : block.x[m];
     const auto store = [&](std::int64_t row, std::int64_t count) {
-      store_lanes<Sum, Scaled, HasBias, Type>(sums + row, x.sum, x.scale, Scaled ? nullptr : block.w_scale + row,
+      store_lanes<Sum, Scaled, HasBias, Type>(sums + row, x.offset, x.scale, Scaled ? nullptr : block.w_scale + row,
                                               HasBias ? block.bias + row : nullptr, count, y + row * kElement);
     };
     for (std::int64_t row = 0; row < full; row += kLanes) store(row, kLanes);

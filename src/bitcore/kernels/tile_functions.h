@@ -23,12 +23,12 @@ constexpr std::int64_t streams_of(std::int64_t tokens) { return tokens == 1 ? kM
 
 /// What the driver knows of one row of x, or of one group of k of it.
 struct Activation {
-  float scale;       ///< s_x; float32 activations: 1, or NaN where the row is not finite.
-  std::int32_t sum;  ///< Of the int8 codes where offset_codes is set, otherwise 0. store subtracts it.
+  float scale;          ///< s_x; float32 activations: 1, or NaN where the row is not finite.
+  std::int32_t offset;  ///< Added to a sum: with offset_codes minus the sum of the int8 codes, otherwise 0.
 };
 
 /// Weights with a scale per group of k: the sums of every group are exact on their own, then scaled and added up in
-/// order as floats, sum += float(sum of the group - x.sum) * (x.scale * w_scale).
+/// order as floats, sum += float(sum of the group + x.offset) * (x.scale * w_scale).
 struct Groups {
   std::int64_t k;         ///< Of a group: a multiple of 32. The last one may be shorter, by whole steps.
   const Activation* x;    ///< [group][token]
@@ -98,14 +98,14 @@ struct TileFunctions {
 
   std::int64_t token_element;  ///< Bytes of one activation as pack_tokens writes it.
 
-  /// Weights are multiplied as codes w + 1: Activation::sum, taken off every sum at the end, takes the 1 off again.
+  /// Weights are multiplied as codes w + 1: Activation::offset, added to every sum, takes the 1 off again.
   bool offset_codes;
 
   /// Reorders `tokens` rows of x, `row_stride` bytes apart, k_count activations each (a multiple of 16, at 1.6 bits of
   /// 4), as gemm and direct read them.
   void (*pack_tokens)(const void* x, std::int64_t row_stride, std::int64_t tokens, std::int64_t k_count, void* packed);
 
-  /// y = float(sums - x.sum) * (x.scale * w_scale) + bias, or sums + bias.
+  /// y = float(sums + x.offset) * (x.scale * w_scale) + bias, or sums + bias.
   void (*store)(const StoreBlock& block);
 
   // ---- weights ----

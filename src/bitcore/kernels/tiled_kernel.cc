@@ -100,6 +100,7 @@ struct Plan {
   bool whole_runs;      // a thread takes all of its panels together, unless another has begun with them
   std::int64_t panels;  // of some units each, which are multiplied with all tokens of a block before the next ones
   std::int64_t splits;  // of the tokens of a block
+  bool keeps_scales;    // scales per group of a whole panel are copied for all of its tiles of tokens
 
  private:
   void choose_way(const TileFunctions& f, std::int64_t tokens, Layout layout) {
@@ -142,6 +143,7 @@ struct Plan {
     // Where there are fewer panels than threads could take, the tokens are split as well.
     const std::int64_t wanted = most_threads > 1 ? 4 * std::int64_t{most_threads} : 1;
     splits = std::clamp<std::int64_t>(ceil_div(wanted, panels), 1, ceil_div(block_tokens, token_tile));
+    keeps_scales = grouped && direct && !one_tile;
   }
 
   // A panel is a run of adjacent rows: every start of a run costs a microsecond, in which memory does not yet know what
@@ -224,7 +226,8 @@ struct Buffers {
     // A vector load of the last step reads on, as it does into the trailer of a packed weight.
     if (plan.recode) thread.recoded = arena.take<std::uint8_t>(plan.panel_unit * plan.k_block / 4 + kTrailerBytes);
     if (plan.grouped) {
-      const std::int64_t rows = plan.direct ? kMostStreams * kTileRows : f.panels.rows;
+      std::int64_t rows = plan.direct ? kMostStreams * kTileRows : f.panels.rows;
+      if (plan.keeps_scales) rows = std::max(rows, ceil_div(plan.units, plan.panels) * kTileRows);
       thread.group_scales = arena.take<float>(ceil_div(plan.k_block, plan.group_k) * rows);
     }
     if (plan.direct) return thread;
@@ -402,7 +405,7 @@ class Run {
         const float scale = per_group() ? x_scale_of(row_functions().absmax(x + first, count)) : row_scale;
         auto* codes = reinterpret_cast<std::int8_t*>(out) + first;
         const std::int32_t sum = row_functions().quantize_x(x + first, count, scale, codes);
-        *activations = {scale, f_.offset_codes ? sum : 0};
+        *activations = {scale, f_.offset_codes ? -sum : 0};
       }
     }
   }
@@ -421,9 +424,9 @@ class Run {
     std::memcpy(out + first, codes, static_cast<std::size_t>(count));
     std::int32_t sum = 0;
     for (std::int64_t k = 0; f_.offset_codes && k < count; ++k) sum += codes[k];
-    if (per_tensor()) return {tensor_scale_, sum};
+    if (per_tensor()) return {tensor_scale_, -sum};
     const std::int64_t scales = per_group() ? weight_groups(in_features_, args_.config) : 1;  // of a row
-    return {args_.x_scale[static_cast<std::size_t>(token * scales + (per_group() ? group : 0))], sum};
+    return {args_.x_scale[static_cast<std::size_t>(token * scales + (per_group() ? group : 0))], -sum};
   }
 
   // Finished sums of `tokens` adjacent tokens from `token` on, whose Activations begin at `x`; of groups they are
@@ -515,6 +518,7 @@ class Run {
     const Activation* x;
     std::int32_t* sums;
     float* group_scales;
+    bool has_scales;  // with Plan::keeps_scales: an earlier tile has copied them
   };
 
   const LayoutFunctions& layout() const { return f_.layout(shape_.layout); }
@@ -527,7 +531,8 @@ class Run {
             packed_tile(thread.x, 0, plan_.k_padded, first, of.count),
             activations_of(thread.x, first),
             sums,
-            thread.group_scales};
+            thread.group_scales,
+            plan_.keeps_scales && tile > of.begin};
   }
 
   // The scales of groups [group, group + count) of `rows` rows from `row` on, [group][out_rows], whose padding is 0.
@@ -548,10 +553,11 @@ class Run {
     }
   }
 
-  // All groups of a tile of tokens, whose scales have been copied to `w_scale`.
-  Groups groups_of(const TokenTile& t) const { return {plan_.group_k, t.x, t.tokens, t.group_scales}; }
+  // All groups of a tile of tokens, times rows whose scales have been copied to `w_scale`.
+  Groups groups_of(const TokenTile& t, const float* w_scale) const { return {plan_.group_k, t.x, t.tokens, w_scale}; }
 
-  // Packed weights are multiplied as they are: every tile of tokens reads all of the panel.
+  // Packed weights are multiplied as they are: every tile of tokens reads all of the panel, and the scales per group
+  // that the first of them has copied.
   std::uint32_t multiply_packed(std::int64_t row, std::int64_t rows, const TokenTiles& of, const Thread& thread) {
     PackedRows w = {payload_ + row * shape_.payload_row_bytes,
                     shape_.payload_row_bytes,
@@ -580,7 +586,6 @@ class Run {
 
   // Rows [first, rows) of the panel times a tile of tokens: so many sums at a time as are kept, then stored.
   std::uint32_t multiply_rows(const PackedRows& w, std::int64_t first, const TokenTile& t) {
-    const Groups groups = groups_of(t);
     const std::int64_t kept_rows = kKeptSums / (t.tokens * kTileRows) * kTileRows;
     std::uint32_t invalid = 0;
     for (std::int64_t kept = first; kept < w.rows; kept += kept_rows) {
@@ -588,9 +593,11 @@ class Run {
       for (std::int64_t r = kept; r < end; r += kTileRows) {
         const std::int64_t group_rows = std::min(kTileRows, end - r);
         prefetch_outputs(t.token, t.tokens, w.row + r, group_rows);
-        if (plan_.grouped) {
-          copy_group_scales(w.row + r, group_rows, 0, plan_.groups, t.group_scales, kTileRows);
+        float* scales = t.group_scales + (plan_.keeps_scales ? r * plan_.groups : 0);
+        if (plan_.grouped && !t.has_scales) {
+          copy_group_scales(w.row + r, group_rows, 0, plan_.groups, scales, kTileRows);
         }
+        const Groups groups = groups_of(t, scales);
         invalid |= w.direct(w.tiles + r * w.row_bytes, group_rows, w.steps, t.packed, t.tokens,
                             plan_.grouped ? &groups : nullptr, t.sums + (r - kept) * t.tokens);
       }
@@ -605,8 +612,8 @@ class Run {
   // Few tokens times as many of the first rows as make equal runs of full tiles, which are read side by side. Returns
   // their number: 0 where the tokens are too many, or the kernel has no streams.
   std::int64_t multiply_streams(const PackedRows& w, const TokenTile& t, std::uint32_t& invalid) {
-    if (plan_.recode || t.tokens > layout().stream_tokens) return 0;
-    const Groups groups = groups_of(t);
+    if (plan_.recode || plan_.keeps_scales || t.tokens > layout().stream_tokens) return 0;
+    const Groups groups = groups_of(t, t.group_scales);
     const std::int64_t streams = streams_of(t.tokens);
     const std::int64_t run = w.rows / (streams * kTileRows) * kTileRows;
     const std::int64_t kept_rows = plan_.grouped ? kTileRows : kKeptSums / (streams * t.tokens) / kTileRows * kTileRows;
