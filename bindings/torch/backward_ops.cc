@@ -101,11 +101,14 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
   if (dx.has_value() && !qweight.has_value()) throw QuantizationError("qweight is None, dx needs it");
   if (dweight.has_value() && !x.has_value()) throw QuantizationError("x is None, dweight needs it");
 
-  std::vector<float> wide_bias(dbias.has_value() ? static_cast<std::size_t>(out_features) : 0);
+  const bool narrow_bias = dbias.has_value() && *dbias_dtype != ScalarType::Float;
+  std::vector<float> wide_bias(narrow_bias ? static_cast<std::size_t>(out_features) : 0);
+  float* bias = wide_bias.data();
+  if (dbias.has_value() && !narrow_bias) bias = output_floats(*dbias).data();
   bitcore::bitlinear::backward(problem.dy.view, problem.inputs, problem.config,
-                               {view_of(dx), view_of(dweight), dbias.has_value() ? wide_bias.data() : nullptr},
-                               torch_executor(), multiply);
-  if (dbias.has_value()) convert({wide_bias.data(), 1, out_features}, output_rows(*dbias));
+                               {view_of(dx), view_of(dweight), dbias.has_value() ? bias : nullptr}, torch_executor(),
+                               multiply);
+  if (narrow_bias) convert({wide_bias.data(), 1, out_features}, output_rows(*dbias));
   return {or_nothing(dx), or_nothing(dweight), or_nothing(dbias)};
 }
 

@@ -12,7 +12,9 @@ def _find(owner: object, name: str, otherwise: Any) -> Any:
     return getattr(owner, name, otherwise)
 
 
-_below_autograd: Callable[[], AbstractContextManager[object]] = _find(
+# Inside, operators go straight to a device's own function. For calls of which no gradient is recorded: without it they
+# pass autograd's, which is slower and does no more. Compilers cannot trace it, and need not.
+below_autograd: Callable[[], AbstractContextManager[object]] = _find(
     torch._C, "_AutoDispatchBelowAutograd", nullcontext
 )
 
@@ -21,12 +23,6 @@ is_tracing: Callable[[], bool] = _find(torch.jit, "is_tracing", lambda: False)
 
 # Whether a transform of torch.func is active. Without it every autograd.Function takes torch's own, slower way.
 _functorch_is_active: Callable[[], bool] = _find(torch._C, "_are_functorch_transforms_active", lambda: True)
-
-
-def below_autograd() -> AbstractContextManager[object]:
-    """Inside, operators go straight to a device's own function. For calls of which no gradient is recorded: without it
-    they pass autograd's, which is slower and does no more. Compilers cannot trace it, and need not."""
-    return nullcontext() if torch.compiler.is_compiling() else _below_autograd()
 
 
 def forward_mode_is_active() -> bool:

@@ -120,8 +120,9 @@ class BitQuantConfig:
         return self.group_size, self.activation_granularity == "per_group"
 
     def operator_arguments(self, out_dtype: object = None, kernel_name: str | None = None) -> tuple[object, ...]:
-        """What the layer's operators take after the tensors."""
-        return (*self.flags, out_dtype, kernel_name, *self.group_arguments)
+        """What the layer's operators take after the tensors. What has a default at the end may be left out."""
+        last = (kernel_name, *self.group_arguments)
+        return (*self.flags, out_dtype) if last == (None,) else (*self.flags, out_dtype, *last)
 
     @property
     def weight_group_size(self) -> int:

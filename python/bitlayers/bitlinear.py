@@ -24,6 +24,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_IN_FEATURES = 2**24 - 1  # Every partial sum of int8 products stays below 2^31.
 _MAX_OUT_FEATURES = 2**31 - 1
 
+_SMALL = 4096
+"""Elements of a weight up to which all are compared with what they were: it takes about a microsecond."""
+
 _COMPUTED = "weight is computed (parametrized, weight_norm, pruning); remove that first"
 
 
@@ -34,7 +37,7 @@ class _PackedCopy(NamedTuple):
     snapshot: Tensor  # Shares the weight's memory: while it lives, no other weight can have the same address.
     form: tuple[object, ...]
     version: int
-    sample: Tensor | None  # A view of some of the weight's elements,
+    sample: Tensor | None  # A view of the weight's elements, or of some of them,
     sampled: Tensor | None  # and what they were.
     config: BitQuantConfig
     kernels: str  # The registry's token: which kernels there were to choose from.
@@ -61,6 +64,10 @@ class _PackedCopy(NamedTuple):
             and (self.sample is None or self.sampled is None or torch.equal(self.sample, self.sampled))
         )
 
+    @property
+    def sees_every_change(self) -> bool:
+        return self.sampled is not None and self.sampled.numel() == self.snapshot.numel()
+
 
 def _form(weight: Tensor) -> tuple[object, ...]:
     """Place and form: what `weight.data = ...` may change."""
@@ -68,13 +75,16 @@ def _form(weight: Tensor) -> tuple[object, ...]:
 
 
 def _sample(weight: Tensor) -> Tensor | None:
-    """Up to 64 elements from all over the matrix, as a view; None where looking at them would synchronize a device.
+    """Up to 64 elements from all over the matrix, all of a small one, as a view; None where looking at them would
+    synchronize a device.
 
     Autograd's version counter misses what is written through `weight.data` and by fused optimizers, and what FSDP
     gathers; whatever trains or averages a weight changes practically all of its elements.
     """
     if not weight.is_cpu or type(weight) is not Tensor:
         return None
+    if weight.numel() <= _SMALL:
+        return weight
     rows, columns = (max(1, -(-size // 8)) for size in weight.shape)
     return weight[rows // 2 :: rows, columns // 2 :: columns]
 
@@ -223,8 +233,7 @@ class BitLinear(nn.Linear):
             return bitlinear.forward(input, weight, bias=bias, quant_config=config, training=True)
         y = bitlinear.forward(input, None, *self._packed_weights(weight), bias, config)
         if torch.is_grad_enabled() and weight.requires_grad:
-            # A weight that gets a gradient is about to change, by an optimizer that may not count as a change.
-            return attach_weight_gradient(y, input, weight, config, self._drop_packed_copy)
+            return attach_weight_gradient(y, input, weight, config, self._expect_another_weight)
         return y
 
     def deploy(self) -> Self:
@@ -294,19 +303,23 @@ class BitLinear(nn.Linear):
 
     def _packed_weights(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """qweight_scale and qweight of a copy that is up to date."""
-        # A traced graph must not hold today's weights as constants; an inference tensor does not tell when it changes.
+        packed = self._packed
+        # A traced graph must not hold today's weights as constants.
+        if packed is not None and not torch.compiler.is_compiling() and packed.is_of(weight, self.quant_config):
+            return packed.qweight_scale, packed.qweight
+        # An inference tensor does not tell when it changes.
         if torch.compiler.is_compiling() or weight.is_inference():
             return _prepare(weight, self.quant_config)
         if _is_offloaded(self):  # A copy would keep in memory what lies elsewhere until the next call.
             self._packed = None
             return _prepare(weight, self.quant_config)
-        packed = self._packed
-        if packed is None or not packed.is_of(weight, self.quant_config):
-            self._packed = packed = _PackedCopy.of(weight, self.quant_config)
+        self._packed = packed = _PackedCopy.of(weight, self.quant_config)
         return packed.qweight_scale, packed.qweight
 
-    def _drop_packed_copy(self) -> None:
-        self._packed = None
+    def _expect_another_weight(self) -> None:
+        """The weight has a gradient: it is about to change, by an optimizer that may not count as a change."""
+        if self._packed is not None and not self._packed.sees_every_change:
+            self._packed = None
 
     def _weight_is_computed(self) -> bool:
         return "weight" not in self._parameters

@@ -43,6 +43,16 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         raise _documented(error) from None
 
 
+def _call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
+    """The same where no gradient is recorded and nothing is compiled or traced: without the way through autograd."""
+    try:
+        with below_autograd():
+            return op(*args)
+    except RuntimeError as error:
+        _refuse_nested(op, args)
+        raise _documented(error) from None
+
+
 def _refuse_nested(op: Any, args: tuple[Any, ...]) -> None:
     # Afterwards, because torch does not even reach an operator's own checks with a nested tensor.
     for argument, value in zip(op._schema.arguments, args, strict=False):
@@ -56,9 +66,9 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError
     """
-    if not forward_mode_is_active():
-        return
-    if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if forward_mode_is_active() and any(
+        isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
         raise NotImplementedError("bitlinear has no forward-mode derivative (jvp, dual numbers): use backward")
 
 
@@ -73,8 +83,7 @@ def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any
         return call(op, x, scale, qweight, bias, *rest)
     if torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)):
         return _Inference.apply(x, scale, qweight, bias, *rest, op)
-    with below_autograd():
-        return call(op, x, scale, qweight, bias, *rest)
+    return _call_below_autograd(op, x, scale, qweight, bias, *rest)
 
 
 def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
@@ -351,11 +360,10 @@ def _backward_inference(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     dx_dtype = ctx.x_dtype if needs[0] else None
     dbias_dtype = ctx.bias_dtype if needs[3] else None
-    with below_autograd():
-        dtypes = dx_dtype, None, dbias_dtype
-        dx, _, dbias = bitlinear_backward(
-            dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, *dtypes, *ctx.groups
-        )
+    dtypes = dx_dtype, None, dbias_dtype
+    dx, _, dbias = bitlinear_backward(
+        dy, None, None, qweight, qweight_scale, ctx.in_features, ctx.weight_per_channel, *dtypes, *ctx.groups
+    )
     return dx if needs[0] else None, None, None, dbias if needs[3] else None, *_NO_GRADIENTS
 
 
@@ -384,20 +392,19 @@ def _backward_training(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | 
     x, x_scale, kept_weight, qweight_scale = ctx.saved_tensors  # As in _backward_inference.
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     in_features, weight_per_channel, x_dtype, weight_dtype, bias_dtype = ctx.kept
-    with below_autograd():
-        dx, dweight, dbias = bitlinear_backward(
-            dy,
-            x,
-            x_scale,
-            kept_weight,
-            qweight_scale,
-            in_features,
-            weight_per_channel,
-            x_dtype if needs_x else None,
-            weight_dtype if needs_weight else None,
-            bias_dtype if needs_bias else None,
-            *ctx.groups,
-        )
+    dx, dweight, dbias = bitlinear_backward(
+        dy,
+        x,
+        x_scale,
+        kept_weight,
+        qweight_scale,
+        in_features,
+        weight_per_channel,
+        x_dtype if needs_x else None,
+        weight_dtype if needs_weight else None,
+        bias_dtype if needs_bias else None,
+        *ctx.groups,
+    )
     return (
         dx if needs_x else None,
         dweight if needs_weight else None,
@@ -421,8 +428,7 @@ class _Inference(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        with below_autograd():
-            y = call(op, *inputs)
+        y = _call_below_autograd(op, *inputs)
         _keep_for_inference(ctx, inputs, y)
         return y
 
@@ -437,8 +443,7 @@ class _Training(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        with below_autograd():
-            outputs = call(op, *inputs)
+        outputs = _call_below_autograd(op, *inputs)
         _save_for_training(ctx, inputs, outputs)
         return outputs[0]
 

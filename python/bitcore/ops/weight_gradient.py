@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitcore._torch_private import Function, below_autograd
+from bitcore._torch_private import Function
 from bitcore.config import DEFAULT_GROUP_SIZE, BitQuantConfig
 from bitcore.operators import native
 from bitcore.ops.base import compute_x_scale, quantize_x
@@ -86,10 +86,9 @@ def _dweight(ctx: Any, dy: Tensor) -> Tensor:
     if ctx.config.activation_dtype == "int8":
         scale = compute_x_scale(x, ctx.config)
         x = quantize_x(x, scale, ctx.config)
-    with below_autograd():
-        dweight: Tensor = native.bitlinear_backward(
-            dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None, *ctx.config.group_arguments
-        )[1]
+    dweight: Tensor = native.bitlinear_backward(
+        dy, x, scale, None, None, in_features, False, None, ctx.weight_dtype, None, *ctx.config.group_arguments
+    )[1]
     return dweight
 
 

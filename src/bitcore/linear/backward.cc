@@ -44,6 +44,9 @@ constexpr std::int64_t kLeastColumns = 320;
 // Of a floating weight that are quantized at once: their copies stay in the L1 cache.
 constexpr std::int64_t kPiece = 512;
 
+// Multiply-adds below which a thread costs the loops more to start than it saves.
+constexpr std::int64_t kThreadWork = std::int64_t{1} << 16;
+
 constexpr float kOne = 1.0f;
 
 // Factors of the elements of a vector: one for each, or one for all.
@@ -146,6 +149,11 @@ void add_scaled(const float* in, float factor, std::int64_t count, float* out) {
   for (std::int64_t k = 0; k < count; ++k) out[k] += factor * in[k];
 }
 
+// Rows of a gradient that a thread computes at least, each of so many multiply-adds.
+std::int64_t least_rows(std::int64_t macs_per_row) {
+  return std::max<std::int64_t>(1, kThreadWork / std::max<std::int64_t>(1, macs_per_row));
+}
+
 // A float32 matrix: of its own, or the view itself where that is float32.
 struct FloatMatrix {
   std::vector<float> memory;
@@ -184,7 +192,7 @@ void unpack_row(const TernaryWeight& w, std::int64_t n, std::uint8_t* codes, flo
 void dx_by_loops(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, Executor& executor) {
   const FloatMatrix sums(dx);
   const Factors factors = w.dy_factors();
-  parallel_ranges(executor, dx.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_ranges(executor, dx.rows, least_rows(dy.cols * dx.cols), [&](std::int64_t begin, std::int64_t end) {
     std::vector<std::uint8_t> codes(static_cast<std::size_t>(w.shape.padded_in_features()));
     std::vector<float> weights(static_cast<std::size_t>(dx.cols));
     std::vector<float> scaled_dy(static_cast<std::size_t>((end - begin) * dy.cols));
@@ -208,7 +216,7 @@ void dx_by_loops(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, Exec
 
 void dweight_by_loops(ConstMatrixView dy, const QuantizedX& x, MatrixView dweight, Executor& executor) {
   const FloatMatrix sums(dweight);
-  parallel_ranges(executor, dweight.rows, 1, [&](std::int64_t begin, std::int64_t end) {
+  parallel_ranges(executor, dweight.rows, least_rows(dy.rows * dweight.cols), [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> row(static_cast<std::size_t>(dweight.cols)), scaled_dy(static_cast<std::size_t>(end - begin));
     for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
     const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);

@@ -195,6 +195,21 @@ def test_every_step_shows_at_once(name: str, options: dict[str, Any], state: str
     assert not same_bits(layer(x), before)
 
 
+@pytest.mark.parametrize("size", [8, 64, 65])
+def test_a_fused_step_of_one_row_shows_at_once(size: int) -> None:
+    """No version counts it, and in a large weight no element is looked at that it changes."""
+    layer = BitLinear(size, size).eval()
+    optimizer = torch.optim.SGD([layer.weight], lr=10.0, fused=True)
+    x = torch.randn(3, size)
+    before = layer(x)
+    before[:, 0].sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        after = layer(x)
+        assert not same_bits(after, before)
+        assert same_bits(after, evaluate(layer, x))
+
+
 # --- when it is made --------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +236,17 @@ def test_the_copy_is_made_once(count_packings: Callable[[], int], x: Tensor) -> 
     assert count_packings() == 1
     layer.train().eval()(x)
     assert count_packings() == 2
+
+
+@pytest.mark.parametrize(("size", "packings"), [(8, 1), (64, 1), (65, 2)])
+def test_a_gradient_costs_a_small_weight_no_packing(
+    count_packings: Callable[[], int], size: int, packings: int
+) -> None:
+    """All of its elements are compared with what they were."""
+    layer = BitLinear(size, size).eval()
+    for _ in range(2):
+        layer(torch.randn(3, size)).sum().backward()
+    assert count_packings() == packings
 
 
 def test_a_step_of_others_leaves_the_copy(count_packings: Callable[[], int], x: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bitcore import _torch_private
 from bitcore.config import all_configs
 from bitcore.exceptions import QuantizationError, StateError
+from bitcore.operators import native
 from bitlayers import BitLinear, convert, deploy
 from layer_helpers import PER_CHANNEL, STATES, layer_in, put_into
 from support import same_bits
@@ -323,7 +324,7 @@ def test_undocumented_functions_of_torch_are_not_needed(state: str, monkeypatch:
         return otherwise
 
     monkeypatch.setattr(_torch_private, "_find", find)
-    monkeypatch.setattr(_torch_private, "_below_autograd", nullcontext)
+    monkeypatch.setattr(native, "below_autograd", nullcontext)
     monkeypatch.setattr(_torch_private, "_functorch_is_active", lambda: True)
     assert_equal(results(model, lambda m, x: m(x)), expected)
     assert {"apply", "_current_level"} <= set(asked)
