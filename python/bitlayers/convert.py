@@ -46,13 +46,17 @@ def convert(
     Returns:
         `model`, or the new layer if `model` itself is an `nn.Linear`.
 
+    A model that transformers loaded with ternary layers of its own (`quant_method` "bitnet") keeps its codes and
+    scales: packed layers become deployed ones, those that quantize online trainable ones. Its other layers stay.
+
     The config of a model of transformers tells from now on which layers are ternary, so that what `save_pretrained`
     writes is what `from_pretrained` reads (see `bitlayers.transformers`).
 
     Raises:
         QuantizationError: `model` is no module; an entry of `skip` is no name and matches nothing in the model; a layer
             cannot be replaced (see `BitLinear.from_linear`; its name is given); the model is quantized already by
-            another method of transformers. Then nothing has changed.
+            another method of transformers than its BitNet, or by that in a way that BitLinear has not (a norm inside of
+            the layer, a code 3, `quant_config` with other scales). Then nothing has changed.
     """
     if not isinstance(model, nn.Module):
         raise QuantizationError(f"model is a {type(model).__name__}, expected an nn.Module")
@@ -61,6 +65,9 @@ def convert(
         return BitLinear.from_linear(model, quant_config)
     integration = _integration_of(model)
     if integration is not None:
+        if taken := _take_over(integration, model, quant_config, skip, filter_fn):
+            _LOG.info("convert: %d ternary layers of transformers became BitLinear", len(taken))
+            return model
         integration.refuse_foreign_quantization(model)
     left: dict[str, str] = {}
     places = [place for place in _places(model, "", skipped, left) if _wanted(place, filter_fn, left)]
@@ -77,6 +84,21 @@ def convert(
     for path, reason in left.items():
         _LOG.info("convert: %s was left alone: %s", path, reason)
     return model
+
+
+def _take_over(
+    integration: Any,
+    model: nn.Module,
+    quant_config: BitQuantConfig | None,
+    skip: Collection[str] | None,
+    filter_fn: FilterFn | None,
+) -> list[str]:
+    if (skip is not None or filter_fn is not None) and integration.bitnet_layers(model):
+        raise QuantizationError(
+            "the model has ternary layers of transformers, all of which are taken over: no skip, no filter_fn"
+        )
+    taken: list[str] = integration.take_over_bitnet_layers(model, quant_config)
+    return taken
 
 
 class _Place(NamedTuple):

@@ -1,12 +1,41 @@
 """What `convert()` and `deploy()` do to a model of transformers besides its layers."""
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitlayers.bitlinear import BitLinear
+from bitlayers.transformers.bitnet import bitnet_layers, replacements, unpacks_bitnet
 from bitlayers.transformers.config import METHOD, BitLabConfig
-from bitlayers.transformers.quantizer import BitLabQuantizer, mark_as_quantized
+from bitlayers.transformers.quantizer import BitLabQuantizer, mark_as_quantized, unmark
+
+
+def take_over_bitnet_layers(module: nn.Module, quant_config: BitQuantConfig | None) -> list[str]:
+    """Replaces the ternary layers of transformers' own BitNet by BitLinears with the same weights.
+
+    Returns:
+        The names of the layers; none where there are no such layers.
+
+    Raises:
+        QuantizationError: a layer that BitLinear cannot be. Then nothing has changed.
+    """
+    layers = bitnet_layers(module)
+    for name, layer in replacements(layers, quant_config).items():
+        module.set_submodule(name, layer)
+    if not layers:
+        return []
+    for model in _outermost(module):
+        if hasattr(model, "hf_quantizer") and not isinstance(model.hf_quantizer, BitLabQuantizer):
+            unmark(model)
+        # What unpacked the weights on loading cannot be undone on saving, and need not be.
+        conversions: list[Any] = getattr(model, "_weight_conversions", None) or []
+        conversions[:] = [one for one in conversions if not unpacks_bitnet(one)]
+    describe(module)
+    describe_deployed(module)
+    return list(layers)
 
 
 def refuse_foreign_quantization(module: nn.Module) -> None:

@@ -81,7 +81,7 @@ class BitLabQuantizer(HfQuantizer):
         if any(layer.is_deployed for _, layer in _ternary_layers(model)):
             mark_as_quantized(model, self)
         else:
-            _unmark(model)
+            unmark(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -123,7 +123,8 @@ def mark_as_quantized(model: PreTrainedModel, quantizer: BitLabQuantizer) -> Non
             module.config._is_quantized = True
 
 
-def _unmark(model: PreTrainedModel) -> None:
+def unmark(model: PreTrainedModel) -> None:
+    """Tells transformers that no weight is packed: the model trains as any other."""
     marked = cast(Any, model)
     del marked.hf_quantizer
     del marked.quantization_method
