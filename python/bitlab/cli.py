@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--epochs", type=positive, default=40, help="passes over the training images (%(default)s)")
     demo.add_argument("--skip-timing", action="store_true", help="do not time the layer against nn.Linear")
     demo.set_defaults(run=run_demo)
+    inspect = commands.add_parser("inspect", help="what a checkpoint holds, and what BitLab can do with it")
+    inspect.add_argument("path", type=Path, help="a GGUF or safetensors file, or a directory of Hugging Face")
+    inspect.set_defaults(run=run_inspect)
     bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
     add_arguments(bench)
     bench.set_defaults(run=run_bench)
@@ -77,6 +80,13 @@ def run_demo(arguments: argparse.Namespace, console: Console) -> int:
         with_timing=not arguments.skip_timing,
     )
     return run(options, console)
+
+
+def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab inspect`."""
+    from bitlab.inspect import run
+
+    return run(arguments.path, console)
 
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:
