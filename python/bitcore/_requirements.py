@@ -1,4 +1,4 @@
-"""What bitcore cannot do without. Imported before anything that needs it."""
+"""What most of bitcore cannot do without. Imported before anything that needs it."""
 
 from importlib.util import find_spec
 

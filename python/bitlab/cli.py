@@ -118,6 +118,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _expected_errors() -> tuple[type[Exception], ...]:
-    """OSError, and BitLabError if bitcore has been imported: without torch it cannot be."""
+    """OSError, and BitLabError if bitcore has been imported: importing it here would take seconds."""
     exceptions = sys.modules.get("bitcore.exceptions")
     return (OSError, exceptions.BitLabError) if exceptions else (OSError,)

@@ -44,9 +44,11 @@ import sys
 
 sys.modules["torch"] = None  # as if it were not installed
 for name in sys.argv[1:]:
+    module, _, attribute = name.partition(":")
     try:
-        importlib.import_module(name)
-    except ImportError as error:
+        found = importlib.import_module(module)
+        print(getattr(found, attribute) if attribute else "imported")
+    except (ImportError, AttributeError) as error:
         print(error)
 """
 
@@ -159,7 +161,11 @@ def test_importing_a_package_without_a_sound_shared_object(content: bytes | str 
 
 
 def test_without_torch() -> None:
-    modules = ["bitcore", "bitcore.ops.bitlinear", "bitlayers", "bitmodels", "bitmodels.mlp"]
-    done = run_python("-c", WITHOUT_TORCH, *modules)
+    """What needs it says what to install; the rest is there."""
+    needing = ["bitcore:prepare_weights", "bitcore.ops.bitlinear", "bitcore.kernels", "bitlayers"]
+    needing += ["bitmodels:AutoBitModel", "bitmodels:BitMLPModel"]
+    done = run_python("-c", WITHOUT_TORCH, *needing)
     message = 'bitcore needs torch, which is not installed: run `pip install "bitlab[torch]"`'
-    assert done.stdout.splitlines() == [message] * len(modules)
+    assert done.stdout.splitlines() == [message] * len(needing)
+    done = run_python("-c", WITHOUT_TORCH, "bitcore", "bitcore.exceptions", "bitmodels.checkpoints", "bitcore:nothing")
+    assert done.stdout.splitlines() == ["imported"] * 3 + ["module 'bitcore' has no attribute 'nothing'"]

@@ -94,6 +94,7 @@ def test_as_a_module() -> None:
         (["info"], 0, "torch is not installed: run `pip install"),
         (["bench"], 1, "torch is not installed: run `pip install"),
         (["demo"], 1, "torch is not installed: run `pip install"),
+        (["inspect", str(ROOT / "docs")], 1, "neither model.safetensors nor"),
     ],
 )
 def test_without_torch(arguments: list[str], code: int, answer: str) -> None:
