@@ -100,7 +100,8 @@ class BitLinear(nn.Linear):
       evaluation, dropped by `train()`, `load_state_dict()` and a gradient of the weight, remade when the weight or
       `quant_config` was replaced or changed, and never saved. A change of a few elements that autograd cannot see (in
       place through `weight.data` or a NumPy view, or by another process in shared memory), and any such change on
-      another device than the CPU, needs a `train()` to take effect.
+      another device than the CPU, needs a `train()` to take effect. Of a weight of up to 4,096 elements on the CPU all
+      are looked at: every change shows at once, and a gradient drops nothing.
     - *Deployed*: `deploy()` has replaced `weight` by the buffers `qweight` (packed, uint8) and `qweight_scale`
       (float32, float16 per group, also through `half()` and `to(dtype)`). The layer is 16 times smaller and its weight
       is frozen: it computes the same in training and in evaluation mode, and x and bias still receive gradients.
@@ -470,11 +471,16 @@ def _require_plain(linear: nn.Linear) -> None:
     """Refuses a layer that does more than its parameters say."""
     if not {"weight", "bias"} <= linear._parameters.keys():
         raise QuantizationError("weight or bias is computed from other parameters (pruning, weight_norm); remove that")
-    hooks = [name.strip("_") for name, value in vars(linear).items() if "hooks" in name and value]
-    if hooks:
-        raise QuantizationError(f"the layer has {', '.join(hooks)}; remove them and register them on the new layer")
+    require_no_hooks(linear)
     for name, parameter in linear.named_parameters(recurse=False):
         _check_dtype(name, parameter)
+
+
+def require_no_hooks(layer: nn.Module) -> None:
+    """Refuses a layer with hooks, which the layer in its place would not have."""
+    hooks = [name.strip("_") for name, value in vars(layer).items() if "hooks" in name and value]
+    if hooks:
+        raise QuantizationError(f"the layer has {', '.join(hooks)}; remove them and register them on the new layer")
 
 
 def _require_size(name: str, size: object, most: int) -> None:

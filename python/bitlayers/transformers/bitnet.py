@@ -14,7 +14,7 @@ from transformers.integrations.bitnet import BitLinear as PackedBitLinear
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from bitcore.ops.packing import pack_weights
-from bitlayers.bitlinear import BitLinear
+from bitlayers.bitlinear import BitLinear, require_no_hooks
 
 CODES_PER_BYTE = 4
 
@@ -65,12 +65,15 @@ def _replacement(layer: Any, config: BitQuantConfig) -> BitLinear:
         )
     if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
         raise QuantizationError("its tensors are not in memory (offloaded, or on the meta device)")
-    if isinstance(layer, AutoBitLinear):
-        scale = _checked_scale(layer.weight_scale)
-        bias = None if layer.bias is None else (layer.bias.detach().float() * scale).to(layer.bias.dtype)
-        return _deployed(_ternary_codes(layer.weight.detach()), scale, bias, config)
-    scale = 1.0 / _checked_scale(layer.weight_scale)
-    return _deployed(_unpacked_codes(layer.weight, layer.out_features), _checked_scale(scale), layer.bias, config)
+    require_no_hooks(layer)
+    with torch.inference_mode(False), torch.no_grad():  # Autograd may have to save what is made here.
+        bias = None if layer.bias is None else layer.bias.clone()
+        if isinstance(layer, AutoBitLinear):
+            scale = _checked_scale(layer.weight_scale)
+            bias = None if bias is None else (bias.float() * scale).to(bias.dtype)
+            return _deployed(_ternary_codes(layer.weight), scale, bias, config)
+        scale = _checked_scale(1.0 / _checked_scale(layer.weight_scale))
+        return _deployed(_unpacked_codes(layer.weight, layer.out_features), scale, bias, config)
 
 
 def _deployed(codes: Tensor, scale: Tensor, bias: Tensor | None, config: BitQuantConfig) -> BitLinear:
@@ -83,10 +86,10 @@ def _deployed(codes: Tensor, scale: Tensor, bias: Tensor | None, config: BitQuan
 
 
 def _checked_scale(scale: Tensor) -> Tensor:
-    """The one scale of a layer, float32 of shape ()."""
+    """The one scale of a layer, float32 of shape (), in memory of its own."""
     if scale.numel() != 1:
         raise QuantizationError(f"weight_scale has shape {tuple(scale.shape)}, expected one element")
-    value = scale.detach().float().reshape(())
+    value = scale.clone().float().reshape(())
     if not bool(torch.isfinite(value) & (value > 0)):
         raise QuantizationError(f"weight_scale is {float(value)}, expected a finite positive number")
     return value

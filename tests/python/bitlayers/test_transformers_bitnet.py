@@ -163,6 +163,22 @@ def test_a_bfloat16_model_keeps_the_scale_that_it_stores(tmp_path: Path) -> None
     assert logits(model).dtype == torch.bfloat16
 
 
+@both_conventions
+def test_nothing_is_shared_with_what_was_loaded(convention: dict[str, str], tmp_path: Path) -> None:
+    checkpoint(tmp_path, convention, "llama with biases")
+    model = load(tmp_path)
+    theirs = model.get_submodule(Q)
+    with torch.inference_mode():
+        converted(model)
+    expected = logits(model)
+    with torch.no_grad():
+        theirs.bias.zero_()
+        theirs.weight.zero_()
+        theirs.weight_scale.zero_()
+    assert_same_bits(logits(model), expected)
+    assert not any(tensor.is_inference() for tensor in model.state_dict().values())
+
+
 def test_online_layers_become_trainable_ones(tmp_path: Path) -> None:
     checkpoint(tmp_path, ONLINE)
     model = load(tmp_path)
@@ -217,8 +233,9 @@ def not_ternary(layer: Any) -> None:
         (OFFLINE, lambda layer: setattr(layer, "weight_scale", torch.ones(2)), r"weight_scale has shape \(2,\)"),
         (PACKED, lambda layer: setattr(layer, "weight", layer.weight[:-1]), "15 packed rows, which are 60 of .* 64"),
         (PACKED, lambda layer: layer.to("meta"), "q_proj: its tensors are not in memory"),
+        (PACKED, lambda layer: layer.register_forward_hook(print), "q_proj: the layer has forward_hooks"),
     ],
-    ids=["code 3", "float", "zero scale", "tiny scale", "negative", "NaN", "scales", "rows", "meta"],
+    ids=["code 3", "float", "zero scale", "tiny scale", "negative", "NaN", "scales", "rows", "meta", "hook"],
 )
 def test_damaged_layers(convention: dict[str, str], damage: Any, message: str, tmp_path: Path) -> None:
     checkpoint(tmp_path, convention)
