@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import pytest
+import torch
 
 import oracle
 from bitcore.kernels import KernelRegistry
@@ -26,13 +28,20 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 # Medium tests alone, of packages that take seconds to import: no quick run even collects them.
-SLOW_TO_IMPORT = ("test_peft.py", "test_transformers.py")
+SLOW_TO_IMPORT = ("test_peft.py", "test_transformers.py", "test_transformers_bitnet.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """None where pytest decides itself."""
     leaves_out = "not medium" in (config.option.markexpr or "")
     return True if leaves_out and collection_path.name in SLOW_TO_IMPORT else None
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """torch compiles a function anew only so many times: without this, who ran before would decide."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture(params=ALL_KERNELS)

@@ -379,7 +379,6 @@ def run_forward(x: Tensor, qweight: Tensor, training: bool) -> Tensor:
 @pytest.mark.parametrize("kind", ["complex", "float64", "bool", "int64", "meta", "wide"])
 def test_compiled_code(kind: str, training: bool) -> None:
     """What the fakes find, while torch traces, is a RuntimeError that names the class and the argument."""
-    torch.compiler.reset()
     wide = ones(1, 1).expand(1, TOO_WIDE)
     x, word = {"meta": (X.to("meta"), "x is on meta"), "wide": (wide, str(TOO_WIDE))}.get(kind) or BAD[kind]
     run = torch.compile(run_forward, fullgraph=True, backend="aot_eager")
@@ -389,7 +388,6 @@ def test_compiled_code(kind: str, training: bool) -> None:
 
 @pytest.mark.medium
 def test_compiled_code_raises_the_same_text() -> None:
-    torch.compiler.reset()
     infer = torch.compile(run_forward, fullgraph=True)
     infer(X, CODES, False)
     with pytest.raises(RuntimeError, match=r"^QuantizationError: qweight"):
@@ -400,7 +398,6 @@ def test_compiled_code_raises_the_same_text() -> None:
 @pytest.mark.parametrize("kind", ["sparse COO", "nested", "quantized"])
 def test_compiled_code_of_what_the_compiler_itself_refuses(kind: str) -> None:
     """Without fullgraph torch leaves such a call to eager mode, which raises as ever."""
-    torch.compiler.reset()
     bad, word = BAD[kind]
     with pytest.raises(RuntimeError):
         torch.compile(run_forward, fullgraph=True, backend="aot_eager")(bad, QWEIGHT, False)

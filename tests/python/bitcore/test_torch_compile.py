@@ -30,7 +30,6 @@ ROWS = (7, 2, 33, 5, 64)
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     """Without torch's cache of traced graphs on disk: its keys do not tell how an operator's gradient was written."""
-    torch.compiler.reset()
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
     torch.compiler.reset()

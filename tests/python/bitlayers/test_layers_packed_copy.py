@@ -57,7 +57,7 @@ CHANGES: dict[str, Callable[[BitLinear], object]] = {
     "replaced": lambda layer: setattr(layer, "weight", nn.Parameter(noise())),
     "multiplied": lambda layer: layer.weight.mul_(noise()),
     "one row": lambda layer: layer.weight[0].neg_(),
-    "one element of a view": lambda layer: layer.weight.view(-1)[3].add_(5),
+    "one element of a view": lambda layer: layer.weight[0][3:4].add_(5),
     "index_put": lambda layer: layer.weight.index_put_((torch.tensor([0, 3]),), torch.tensor(9.0)),
     "through detach": lambda layer: layer.weight.detach().neg_(),
     "as out argument": lambda layer: torch.neg(layer.weight, out=layer.weight),
@@ -143,8 +143,17 @@ def test_any_sequence_of_changes(seed: int, x: Tensor) -> None:
     rng, layer = random.Random(seed), layer_in("training")
     states = {state: snapshot(layer_in(state, init_method="normal")) for state in ("training", "deployed")}
 
+    # torch's compiler keeps a reference to what a compiled step has changed, which cannot be swapped then.
+    changes = [change for name, change in CHANGES.items() if name != "compiled step"]
+
     def change() -> None:
-        rng.choice(list(CHANGES.values()))(layer)
+        rng.choice(changes)(layer)
+
+    config = layer.quant_config
+
+    def load() -> None:
+        fitting = states if layer.quant_config == config else {"training"}  # The deployed one has scales per channel.
+        layer.load_state_dict(states[rng.choice(sorted(fitting))], assign=False)
 
     def replace() -> None:
         layer.weight = nn.Parameter(noise(rng.randrange(100)))
@@ -160,7 +169,7 @@ def test_any_sequence_of_changes(seed: int, x: Tensor) -> None:
         lambda: copy.deepcopy(layer)(x),
     ]
     deployed_steps: list[Callable[[], object]] = [
-        lambda: layer.load_state_dict(states[rng.choice(("training", "deployed"))], assign=False),
+        load,
         lambda: layer.half().float(),
         lambda: copy.deepcopy(layer)(x),
     ]
