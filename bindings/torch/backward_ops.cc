@@ -103,11 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> bitlinear_backward(const Tensor& dy, std::opt
 
   const bool narrow_bias = dbias.has_value() && *dbias_dtype != ScalarType::Float;
   std::vector<float> wide_bias(narrow_bias ? static_cast<std::size_t>(out_features) : 0);
-  float* bias = wide_bias.data();
-  if (dbias.has_value() && !narrow_bias) bias = output_floats(*dbias).data();
-  bitcore::bitlinear::backward(problem.dy.view, problem.inputs, problem.config,
-                               {view_of(dx), view_of(dweight), dbias.has_value() ? bias : nullptr}, torch_executor(),
-                               multiply);
+  float* bias = narrow_bias ? wide_bias.data() : dbias.has_value() ? output_floats(*dbias).data() : nullptr;
+  bitcore::bitlinear::backward(problem.dy.view, problem.inputs, problem.config, {view_of(dx), view_of(dweight), bias},
+                               torch_executor(), multiply);
   if (narrow_bias) convert({wide_bias.data(), 1, out_features}, output_rows(*dbias));
   return {or_nothing(dx), or_nothing(dweight), or_nothing(dbias)};
 }

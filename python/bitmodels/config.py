@@ -9,6 +9,7 @@ from typing import Any, Self, get_type_hints
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import FileError, QuantizationError
+from bitmodels.json_pairs import unique_pairs
 from bitmodels.registry import current_name
 
 CONFIG_FILE = "config.json"
@@ -88,7 +89,7 @@ def read_config(directory: Path) -> tuple[str, dict[str, Any]]:
     path = directory / CONFIG_FILE
     try:
         text = path.read_text(encoding="utf-8-sig")  # Some editors put a byte order mark first.
-        values = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        values = json.loads(text, object_pairs_hook=unique_pairs, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get(MODEL_TYPE), str):
@@ -120,14 +121,6 @@ def numbers_of_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         elif hints.get(name) is float and type(value) is int and abs(value) < 2**53:
             numbers[name] = float(value)
     return {**values, **numbers}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{sorted({name for name in names if names.count(name) > 1})} stands there twice")
-    return values
 
 
 def _no_constant(name: str) -> Any:

@@ -43,16 +43,6 @@ def call(op: Callable[..., Any], *args: Any) -> Any:
         raise _documented(error) from None
 
 
-def _call_below_autograd(op: Callable[..., Any], *args: Any) -> Any:
-    """The same where no gradient is recorded and nothing is compiled or traced: without the way through autograd."""
-    try:
-        with below_autograd():
-            return op(*args)
-    except RuntimeError as error:
-        _refuse_nested(op, args)
-        raise _documented(error) from None
-
-
 def _refuse_nested(op: Any, args: tuple[Any, ...]) -> None:
     # Afterwards, because torch does not even reach an operator's own checks with a nested tensor.
     for argument, value in zip(op._schema.arguments, args, strict=False):
@@ -66,9 +56,9 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError
     """
-    if forward_mode_is_active() and any(
-        isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
-    ):
+    if not forward_mode_is_active():
+        return
+    if any(isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError("bitlinear has no forward-mode derivative (jvp, dual numbers): use backward")
 
 
@@ -83,7 +73,8 @@ def infer(op: Callable[..., Any], x: Tensor, scale: Any, qweight: Any, bias: Any
         return call(op, x, scale, qweight, bias, *rest)
     if torch.is_grad_enabled() and (x.requires_grad or (isinstance(bias, Tensor) and bias.requires_grad)):
         return _Inference.apply(x, scale, qweight, bias, *rest, op)
-    return _call_below_autograd(op, x, scale, qweight, bias, *rest)
+    with below_autograd():
+        return call(op, x, scale, qweight, bias, *rest)
 
 
 def train(op: Callable[..., Any], x: Tensor, weight: Any, bias: Any, *rest: Any) -> Tensor:
@@ -428,7 +419,8 @@ class _Inference(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        y = _call_below_autograd(op, *inputs)
+        with below_autograd():
+            y = call(op, *inputs)
         _keep_for_inference(ctx, inputs, y)
         return y
 
@@ -443,7 +435,8 @@ class _Training(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Any:
         *inputs, op = arguments
-        outputs = _call_below_autograd(op, *inputs)
+        with below_autograd():
+            outputs = call(op, *inputs)
         _save_for_training(ctx, inputs, outputs)
         return outputs[0]
 

@@ -109,13 +109,21 @@ def codes_of_packed(tensor: StoredTensor, scale: NDArray[Any]) -> Codes:
 
 
 def codes_of_qweight(tensor: StoredTensor, scale: NDArray[Any]) -> Codes:
-    """Of BitLab's own packed weights; docs/packed-format.md describes them."""
+    """Of BitLab's own packed weights; docs/packed-format.md describes them.
+
+    Raises:
+        ValueError: they are none, or their trailer is damaged.
+    """
     rows = tensor.shape[0]
     trailer = tensor.data[-rows * -(-64 // rows) :]
-    layout, in_features = int(trailer[12]), int(trailer[24:32].view("<u8")[0])
-    table = {1: _FIELDS, 2: _FIVE_DIGITS}[layout]
-    counts = _count(tensor.data[: -len(trailer)], table)
-    counts[1] -= counts.sum() - rows * in_features  # padding
+    tables = {1: _FIELDS, 2: _FIVE_DIGITS}
+    if len(trailer) < 64 or bytes(trailer[:8]) != b"BITLABQW" or int(trailer[12]) not in tables:
+        raise ValueError("no trailer")
+    counts = _count(tensor.data[: -len(trailer)], tables[int(trailer[12])])
+    padding = int(counts.sum()) - rows * int(trailer[24:32].view("<u8")[0])
+    if not 0 <= padding < rows * 20:  # less than a step
+        raise ValueError("the trailer has another in_features than the payload")
+    counts[1] -= padding
     return codes_with_scales(counts, scale.astype(np.float64).ravel())
 
 

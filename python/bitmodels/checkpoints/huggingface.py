@@ -9,6 +9,7 @@ import numpy as np
 
 from bitcore.exceptions import FileError
 from bitmodels.checkpoints.stored import Bytes, Checkpoint, StoredTensor, check_apart, map_file
+from bitmodels.json_pairs import unique_pairs
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SUFFIX = ".safetensors"
@@ -58,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileError: it is none.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: no JSON: {error}") from error
     if not isinstance(value, dict):
@@ -80,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     if length > len(data) - 8:
         raise FileError(f"{path}: the header has {length} bytes, and the file {len(data)}")
     try:
-        header = json.loads(bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=_without_doubles)
+        header = json.loads(bytes(data[8 : 8 + length]).decode("utf-8"), object_pairs_hook=unique_pairs)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: the header is no JSON: {error}") from error
     if not isinstance(header, dict):
@@ -92,14 +93,6 @@ def read_tensors(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
-    return values
-
-
 def _tensor(path: Path, name: str, entry: Any, body: Bytes) -> StoredTensor:
     wrong = FileError(f"{path}: the header says of {name}: {str(entry)[:100]}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
@@ -107,7 +100,7 @@ def _tensor(path: Path, name: str, entry: Any, body: Bytes) -> StoredTensor:
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise wrong
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileError(f"{path}: {name} has dtype {dtype!r}, known are {', '.join(DTYPES)}")
     encoding, bits = DTYPES[dtype]
     size = bits // 8

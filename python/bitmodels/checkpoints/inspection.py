@@ -1,7 +1,7 @@
 """What a checkpoint is, and what BitLab can do with it."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def inspect_checkpoint(path: str | Path) -> Report:
     return _inspect_gguf(read_gguf(path))
 
 
-def _grouped(groups: Iterable[Group]) -> list[Group]:
+def _largest_first(groups: Iterable[Group]) -> list[Group]:
     return sorted(groups, key=lambda group: -group.bytes)
 
 
@@ -90,7 +90,7 @@ def _inspect_gguf(checkpoint: Checkpoint) -> Report:
     for tensor in checkpoint.tensors.values():
         codes = codes_of(tensor) if tensor.encoding in TERNARY_ENCODINGS else None
         groups.setdefault(tensor.encoding, Group(tensor.encoding)).add(tensor, tensor.numel, codes)
-    report.groups = _grouped(groups.values())
+    report.groups = _largest_first(groups.values())
     report.tokenizer = _gguf_tokenizer(checkpoint)
     if any(group.codes for group in report.groups):
         report.scales = "multiply"
@@ -140,7 +140,7 @@ def _inspect_directory(checkpoint: Checkpoint) -> Report:
             continue  # Beside packed weights lies an empty tensor that only stops readers.
         kind, parameters, codes = _kind_of(tensor, checkpoint)
         groups.setdefault(kind, Group(kind)).add(tensor, parameters, codes)
-    report.groups = _grouped(groups.values())
+    report.groups = _largest_first(groups.values())
     report.tokenizer = _tokenizer_of(checkpoint)
     _note_codes(report)
     kinds = set(groups)
@@ -176,18 +176,15 @@ def _kind_of(tensor: StoredTensor, checkpoint: Checkpoint) -> tuple[str, int, Co
     """What a tensor is, how many parameters it holds, and its codes."""
     name, tensors = tensor.name, checkpoint.tensors
     if tensor.encoding == "uint8" and len(tensor.shape) == 2:
-        if (scale := tensors.get(f"{name}_scale")) is not None:
+        scale = tensors.get(f"{name}_scale")
+        if scale is not None and scale.encoding in FLOATS:
             values = as_array(scale)
             if name.endswith("qweight"):
                 return _OURS, *_qweight(tensor, values, checkpoint.path)
             return _PACKED, 4 * tensor.numel, codes_of_packed(tensor, values)
         return "uint8", tensor.numel, None
-    if tensor.encoding in FLOATS and len(tensor.shape) == 2 and tensor.numel:
-        rows = max(1, LOOKED_AT // tensor.shape[1])
-        part = StoredTensor(
-            name, (min(rows, tensor.shape[0]), tensor.shape[1]), tensor.encoding, _first_rows(tensor, rows)
-        )
-        groups = ternary_groups(as_array(part))
+    if tensor.encoding in FLOATS and len(tensor.shape) == 2:
+        groups = ternary_groups(as_array(_first_rows(tensor)))
         if groups is not None:
             of = f"group of {groups}" if groups.isdigit() else groups
             return f"{tensor.encoding}, ternary already, one magnitude per {of}", tensor.numel, None
@@ -195,30 +192,32 @@ def _kind_of(tensor: StoredTensor, checkpoint: Checkpoint) -> tuple[str, int, Co
     return kind, 0 if tensor.encoding in _IGNORED else tensor.numel, None
 
 
-def _first_rows(tensor: StoredTensor, rows: int) -> Any:
-    row_bytes = tensor.data.size // tensor.shape[0]
-    return tensor.data[: rows * row_bytes]
+def _first_rows(tensor: StoredTensor) -> StoredTensor:
+    rows, columns = tensor.shape
+    count = min(rows, max(1, LOOKED_AT // columns))
+    return replace(tensor, shape=(count, columns), data=tensor.data[: tensor.data.size // rows * count])
 
 
 def _qweight(tensor: StoredTensor, scale: Any, path: Path) -> tuple[int, Codes]:
     try:
         codes = codes_of_qweight(tensor, scale)
-    except (KeyError, ValueError, IndexError) as error:
+    except ValueError as error:
         raise FileError(f"{path}: {tensor.name} is no packed weight: its trailer is damaged") from error
     return int(codes.counts.sum()), codes
 
 
 def _note_bitnet(report: Report, quantization: dict[str, Any]) -> None:
-    linear_class = quantization.get("linear_class", "bitlinear")
-    if quantization.get("quant_method") != "bitnet":
+    conventions = {"bitlinear": "divide", "autobitlinear": "multiply"}
+    linear_class = str(quantization.get("linear_class", "bitlinear"))
+    if quantization.get("quant_method") != "bitnet" or linear_class not in conventions:
         report.scales = "NOT KNOWN: config.json does not say whether they divide or multiply"
         report.notes.append("without that word every output would be a guess, so nothing loads it")
-    elif quantization.get("use_rms_norm"):
+        return
+    report.scales = conventions[linear_class]
+    if quantization.get("use_rms_norm"):
         report.notes.append("its layers have norms of their own (use_rms_norm), which BitLinear has not")
     else:
         report.notes.append("load it with transformers, then bitlayers.convert(model) takes over its codes and scales")
-    if quantization.get("quant_method") == "bitnet":
-        report.scales = "multiply" if linear_class == "autobitlinear" else "divide"
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> str:

@@ -2,8 +2,8 @@
 //
 // Packer: standard form. CPU features: AVX-512 F, BW, DQ, VL, VNNI; where the including file is compiled for VBMI as
 // well, functions for the 1.6-bit layout. A 64-byte step of a full tile is one register with an output row in each
-// 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand; the driver takes the sum
-// of a token's activations off every sum at the end, which takes the 1 off again.
+// 32-bit lane, so that no sum crosses lanes. The code w + 1 is the unsigned operand;
+// Activation::offset, added to every sum, takes the 1 off again.
 //
 // Packed weights are multiplied as they are, a tile of 16 rows with up to 24 tokens at a time, whatever their number:
 // masks and shifts run on the pipes that vpdpbusd leaves free, so that unpacking first would only cost memory accesses.

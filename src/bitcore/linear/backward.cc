@@ -216,33 +216,31 @@ void dx_by_loops(ConstMatrixView dy, const TernaryWeight& w, MatrixView dx, Exec
 
 void dweight_by_loops(ConstMatrixView dy, const QuantizedX& x, MatrixView dweight, Executor& executor) {
   const FloatMatrix sums(dweight);
-  parallel_ranges(
-      executor, dweight.rows, least_rows(dy.rows * dweight.cols), [&](std::int64_t begin, std::int64_t end) {
-        std::vector<float> row(static_cast<std::size_t>(dweight.cols)),
-            scaled_dy(static_cast<std::size_t>(end - begin));
-        for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
-        const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);
-        for (std::int64_t m = 0; m < dy.rows; ++m) {
-          row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, x.dy_factors(m).values, 0, DType::float32,
-                                 scaled_dy.data());
-          if (x.has_codes()) {
-            row_functions().codes_as_floats(reinterpret_cast<const std::int8_t*>(x.qx.row(m)), dweight.cols,
-                                            DType::float32, row.data());
-            if (x.grouped) {
-              scale_codes(x.scales, m, 0, dweight.cols, DType::float32, reinterpret_cast<std::byte*>(row.data()));
-            }
-          } else {
-            widen(x.qx.row(m), x.qx.dtype, dweight.cols, row.data());
-          }
-          for (std::int64_t n = begin; n < end; ++n) {
-            add_scaled(row.data(), scaled_dy[static_cast<std::size_t>(n - begin)], dweight.cols,
-                       float_row(sums.view, n));
-          }
+  const std::int64_t least = least_rows(dy.rows * dweight.cols);
+  parallel_ranges(executor, dweight.rows, least, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> row(static_cast<std::size_t>(dweight.cols)), scaled_dy(static_cast<std::size_t>(end - begin));
+    for (std::int64_t n = begin; n < end; ++n) std::fill_n(float_row(sums.view, n), dweight.cols, 0.0f);
+    const auto first = static_cast<std::size_t>(begin) * size_of(dy.dtype);
+    for (std::int64_t m = 0; m < dy.rows; ++m) {
+      row_functions().scaled(dy.row(m) + first, dy.dtype, end - begin, x.dy_factors(m).values, 0, DType::float32,
+                             scaled_dy.data());
+      if (x.has_codes()) {
+        row_functions().codes_as_floats(reinterpret_cast<const std::int8_t*>(x.qx.row(m)), dweight.cols, DType::float32,
+                                        row.data());
+        if (x.grouped) {
+          scale_codes(x.scales, m, 0, dweight.cols, DType::float32, reinterpret_cast<std::byte*>(row.data()));
         }
-        for (std::int64_t n = begin; n < end && dweight.dtype != DType::float32; ++n) {
-          narrow(float_row(sums.view, n), dweight.cols, dweight.dtype, dweight.row(n));
-        }
-      });
+      } else {
+        widen(x.qx.row(m), x.qx.dtype, dweight.cols, row.data());
+      }
+      for (std::int64_t n = begin; n < end; ++n) {
+        add_scaled(row.data(), scaled_dy[static_cast<std::size_t>(n - begin)], dweight.cols, float_row(sums.view, n));
+      }
+    }
+    for (std::int64_t n = begin; n < end && dweight.dtype != DType::float32; ++n) {
+      narrow(float_row(sums.view, n), dweight.cols, dweight.dtype, dweight.row(n));
+    }
+  });
 }
 
 // In float64: there may be many rows.

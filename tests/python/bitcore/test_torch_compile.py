@@ -32,7 +32,6 @@ def fresh_compiler() -> Iterator[None]:
     """Without torch's cache of traced graphs on disk: its keys do not tell how an operator's gradient was written."""
     with torch._functorch.config.patch(enable_autograd_cache=False):
         yield
-    torch.compiler.reset()
 
 
 def make_model(config: BitQuantConfig = PER_TOKEN) -> nn.Sequential:

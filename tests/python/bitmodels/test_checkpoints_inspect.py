@@ -273,6 +273,7 @@ def directory(path: Path, quantization: dict[str, Any] | None, tensors: dict[str
         ({**BITNET, "linear_class": "autobitlinear"}, "multiply", "takes over its codes and scales"),
         ({**BITNET, "use_rms_norm": True}, "divide", "norms of their own"),
         (None, "NOT KNOWN", "would be a guess"),
+        ({**BITNET, "linear_class": "other"}, "NOT KNOWN", "would be a guess"),
     ],
 )
 def test_packed_rows_of_transformers(quantization: Any, scales: str, note: str, tmp_path: Path) -> None:
@@ -315,9 +316,13 @@ def test_our_own_directory(layout: str, tmp_path: Path) -> None:
     report = inspect_checkpoint(directory(tmp_path / "a", {"quant_method": "bitlab"}, tensors))
     assert only_codes(report).shares == pytest.approx(shares(codes))
     assert [group.parameters for group in report.groups] == [codes.size, 1]
-    qweight.reshape(-1)[-(-(-64 // 21) * 21) + 12] = 9  # the trailer's layout
-    with pytest.raises(FileError, match="q.qweight is no packed weight: its trailer is damaged"):
-        inspect_checkpoint(directory(tmp_path / "b", {"quant_method": "bitlab"}, tensors))
+    trailer = qweight.size - -(-64 // 21) * 21
+    for place, value in ((0, 0), (12, 9), (24, 91), (24, 3)):  # the magic number, the layout, in_features
+        damaged = qweight.copy()
+        damaged.reshape(-1)[trailer + place] = value
+        path = directory(tmp_path / "b", {"quant_method": "bitlab"}, {**tensors, "q.qweight": damaged})
+        with pytest.raises(FileError, match="q.qweight is no packed weight: its trailer is damaged"):
+            inspect_checkpoint(path)
 
 
 def test_the_tokenizer(tmp_path: Path) -> None:
@@ -405,10 +410,11 @@ def entry(begin: int, end: int, dtype: str = "F32", shape: Any = (2,)) -> dict[s
         (with_header({"a": entry(0, 8, shape=(-2,))}), "the header says of a"),
         (with_header({"a": entry(8, 0)}), "the header says of a"),
         (with_header({"a": entry(0, 8, dtype="F4")}), "a has dtype 'F4', known are"),
+        (with_header({"a": {**entry(0, 8), "dtype": ["F32"]}}), r"a has dtype \['F32'\]"),
         (with_header({"a": entry(0, 12)}), "a has 12 bytes, expected 8"),
         (with_header({"a": entry(12, 20)}), "a ends at byte 20, and the file at 16"),
         (with_header({"a": entry(0, 8), "b": entry(4, 12)}), "b begins at byte 4, inside of a"),
-        (with_header(b'{"a": 1, "a": 2}'), "a is there twice"),
+        (with_header(b'{"a": 1, "a": 2}'), r"\['a'\] stands there twice"),
     ],
 )
 def test_damaged_safetensors_files(content: bytes, message: str, tmp_path: Path) -> None:
