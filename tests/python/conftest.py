@@ -28,7 +28,15 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 # Medium tests alone, of packages that take seconds to import: no quick run even collects them.
-SLOW_TO_IMPORT = ("test_peft.py", "test_transformers.py", "test_transformers_bitnet.py")
+SLOW_TO_IMPORT = (
+    "test_bring_your_model.py",
+    "test_conversion_transformers.py",
+    "test_gguf_tokenizer_transformers.py",
+    "test_peft.py",
+    "test_transformers.py",
+    "test_transformers_bitnet.py",
+    "test_transformers_packed_embeddings.py",
+)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -17,6 +17,9 @@ from bitcore.exceptions import FileError, QuantizationError
 from bitcore.operators.checks import layout_of
 from bitlayers.bitlinear import BitLinear
 from bitlayers.convert import output_heads
+from bitlayers.embedding import Int8Embedding, TernaryEmbedding
+from bitlayers.int8_linear import Int8Linear
+from bitlayers.packed_module import PackedModule
 
 METHOD = "bitlab"
 FORMAT = 1
@@ -31,19 +34,29 @@ _FIELDS = (*_PLAN_FIELDS, "modules", "modules_to_not_convert", "quant_method", "
 
 
 class LayerPlan(NamedTuple):
-    """What one ternary layer is."""
+    """What one ternary layer or embedding is."""
 
     quant_config: BitQuantConfig
     layout: str
     state: str
 
     @classmethod
-    def of(cls, layer: BitLinear) -> Self:
+    def of(cls, layer: BitLinear | TernaryEmbedding) -> Self:
+        if isinstance(layer, TernaryEmbedding):
+            return cls(layer.quant_config, layer.layout, "deployed")
         layout = "2bit" if layer.qweight is None else layout_of(layer.qweight, layer.in_features) or "2bit"
         return cls(layer.quant_config, layout, "deployed" if layer.is_deployed else "trainable")
 
     def fields(self) -> dict[str, Any]:
         return {**self.quant_config.to_dict(), "layout": self.layout, "state": self.state}
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Plan:
+    """An int8 embedding or linear layer: there is only one kind."""
+
+
+Plan = LayerPlan | Int8Plan
 
 
 class BitLabConfig(QuantizationConfigMixin):
@@ -54,6 +67,11 @@ class BitLabConfig(QuantizationConfigMixin):
     of `modules_to_not_convert`. With a checkpoint that BitLab's layers were saved in, transformers makes it from
     config.json.
 
+    Embeddings and heads are float unless `modules` lists them; what class a module becomes follows from what it is in
+    the model. Ternary and int8 embeddings and int8 linear layers are deployed by nature: they have no trainable state,
+    whatever `state` says of the rest. A head that is tied to a ternary or int8 embedding and not listed is what the
+    embedding is, and shares its memory.
+
     Held by a model, it is a picture of the model: `to_dict()` and what is saved tell what the layers are now, not what
     they were when the model was loaded.
 
@@ -61,8 +79,8 @@ class BitLabConfig(QuantizationConfigMixin):
         weight_granularity, activation_dtype, activation_granularity, group_size: As in `BitQuantConfig`.
         layout: How weights are packed: "2bit" or "1.6bit" (deployed layers).
         state: "trainable": the layers keep float weights and train. "deployed": they are packed once loaded.
-        modules: Of every module that is not as the rest: `{"kind": "float"}`, or `{"kind": "ternary"}` and the fields
-            that differ.
+        modules: Of every module that is not as the rest: `{"kind": "float"}`; `{"kind": "int8"}`; or `{"kind":
+            "ternary"}` and the fields that differ. The last two are for an `nn.Linear` or an `nn.Embedding`.
         modules_to_not_convert: Names, patterns or ends of names of layers that stay float, matched as by transformers.
         quant_method: "bitlab".
         format: 1.
@@ -129,33 +147,72 @@ class BitLabConfig(QuantizationConfigMixin):
         whole = None if self._model is None else self._model()
         return whole is not None and any(part is model for part in whole.modules())
 
-    def plan(self, name: str) -> LayerPlan | None:
-        """What the ternary layer `name` is; None if it is float."""
+    def plan(self, name: str) -> Plan | None:
+        """What the layer or embedding `name` is; None if it is float."""
         own = dict(self.modules.get(name, {}))
-        if own.pop("kind", "ternary") == "float":
-            return None
+        kind = own.pop("kind", "ternary")
+        if kind != "ternary":
+            return Int8Plan() if kind == "int8" else None
         layout, state = own.pop("layout", self.layout), own.pop("state", self.state)
         for field, value in (("layout", layout), ("state", state)):
             _require(f"{field} of {name}", value, _CHOICES[field])
         return LayerPlan(self.quant_config.with_fields(own), layout, state)
 
-    def plans(self, model: PreTrainedModel) -> dict[str, LayerPlan]:
-        """What each `nn.Linear` of a model becomes; those that stay float are not in it.
+    def plans(self, model: PreTrainedModel) -> dict[str, Plan]:
+        """What each `nn.Linear` and `nn.Embedding` of a model becomes; those that stay float are not in it.
 
         A name also fits with the base model's prefix or without it: transformers loads the checkpoint of a base model
-        into one with a head, and the other way round.
+        into one with a head, and the other way round. A name that the model does not have is left out.
+
+        Raises:
+            FileError: a module cannot be what is said of it.
         """
-        prefix = f"{model.base_model_prefix}."
+        by_default = ternary_by_default(model)
+        self._require_possible(model, set(by_default))
         plans = {}
-        for name, ternary in ternary_by_default(model).items():
-            names = (name, prefix + name, name.removeprefix(prefix))
-            listed = next((each for each in names if each in self.modules), None)
+        for name, ternary in by_default.items():
+            listed = self._listed(model, name)
             if listed is None and (not ternary or not should_convert_module(name, self.modules_to_not_convert)):
                 continue
             plan = self.plan(name if listed is None else listed)
+            if isinstance(plan, LayerPlan) and isinstance(model.get_submodule(name), nn.Embedding):
+                plan = self._deployed(plan, listed or name)
             if plan is not None:
                 plans[name] = plan
-        return plans
+        return plans | self._tied_plans(model, plans)
+
+    def _listed(self, model: PreTrainedModel, name: str) -> str | None:
+        """The name that `modules` has for a module of a model."""
+        return next((each for each in _spellings(model, name) if each in self.modules), None)
+
+    def _require_possible(self, model: PreTrainedModel, possible: set[str]) -> None:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, fields in self.modules.items():
+            found = [each for each in _spellings(model, name) if each in modules]
+            if fields["kind"] != "float" and found and possible.isdisjoint(found):
+                raise FileError(
+                    f"quantization_config: kind of {name} is {fields['kind']!r}, and it is a "
+                    f"{type(modules[found[0]]).__name__}, expected an nn.Linear or an nn.Embedding"
+                )
+
+    def _deployed(self, plan: LayerPlan, name: str) -> LayerPlan:
+        state = self.modules.get(name, {}).get("state", "deployed")
+        if state != "deployed":
+            raise FileError(
+                f"quantization_config: state of {name} is {state!r}, and it is an embedding, expected 'deployed'"
+            )
+        return plan._replace(state=state)
+
+    def _tied_plans(self, model: PreTrainedModel, plans: Mapping[str, Plan]) -> dict[str, Plan]:
+        """Of what is tied to a ternary or int8 embedding and not listed: it is the same."""
+        return {
+            name: plans[source]
+            for name, source in tied_modules(model).items()
+            if source in plans
+            and isinstance(model.get_submodule(source), nn.Embedding)
+            and self._listed(model, name) is None
+            and name in ternary_by_default(model)
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """All that it says, as JSON holds it."""
@@ -197,22 +254,19 @@ class BitLabConfig(QuantizationConfigMixin):
         return (_from_dict, (self.to_dict(),))
 
     def _look(self) -> None:
-        """Describes the model that it belongs to, if there is one and it has ternary layers."""
+        """Describes the model that it belongs to, if there is one and it has ternary or int8 layers."""
         model = None if self._model is None else self._model()
         if model is None:
             return
-        plans: dict[str, LayerPlan | None] = {}
-        for name, layer in model.named_modules():
-            if isinstance(layer, BitLinear):
-                plans[name] = LayerPlan.of(layer)
-            elif type(layer) is nn.Linear:
-                plans[name] = None
-        ternary = [plan for plan in plans.values() if plan is not None]
-        if not ternary:
-            return
-        ((most, _),) = Counter(ternary).most_common(1)
-        self.quant_config, self.layout, self.state = most
         defaults = ternary_by_default(model)
+        modules = {name: model.get_submodule(name) for name in defaults}
+        plans = {name: _plan_of(module) for name, module in modules.items()}
+        layers = [LayerPlan.of(module) for module in modules.values() if isinstance(module, BitLinear)]
+        if not any(plans.values()):
+            return
+        if layers:
+            ((self.quant_config, self.layout, self.state), _), *_ = Counter(layers).most_common()
+        most = LayerPlan(self.quant_config, self.layout, self.state)
         self.modules = {
             name: _module_fields(plan, most)
             for name, plan in plans.items()
@@ -222,22 +276,46 @@ class BitLabConfig(QuantizationConfigMixin):
 
 
 def ternary_by_default(model: PreTrainedModel) -> dict[str, bool]:
-    """Of every `nn.Linear` and BitLinear: whether it is ternary unless a config says otherwise.
+    """Of every `nn.Linear` and `nn.Embedding`, and of what BitLab has in their place: whether it is ternary unless a
+    config says otherwise.
 
-    What is inside the base model is, heads are not.
+    Linear layers inside the base model are, heads and embeddings are not.
     """
     heads = set(output_heads(model))
     inside = set(map(id, model.base_model.modules()))
     return {
-        name: id(module) in inside and name not in heads
+        name: isinstance(module, nn.Linear | Int8Linear) and id(module) in inside and name not in heads
         for name, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, BitLinear)
+        if type(module) in (nn.Linear, nn.Embedding) or isinstance(module, BitLinear | PackedModule)
     }
 
 
-def _module_fields(plan: LayerPlan | None, most: LayerPlan) -> dict[str, Any]:
-    if plan is None:
-        return {"kind": "float"}
+def tied_modules(model: PreTrainedModel) -> dict[str, str]:
+    """Of every module whose weight is tied: the module that it is tied to."""
+    end = ".weight"
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return {
+        target.removesuffix(end): source.removesuffix(end)
+        for target, source in tied.items()
+        if target.endswith(end) and source.endswith(end)
+    }
+
+
+def _spellings(model: PreTrainedModel, name: str) -> tuple[str, str, str]:
+    """A module's name, and what it is with the base model's prefix and without it."""
+    prefix = f"{model.base_model_prefix}."
+    return name, prefix + name, name.removeprefix(prefix)
+
+
+def _plan_of(module: nn.Module) -> Plan | None:
+    if isinstance(module, BitLinear | TernaryEmbedding):
+        return LayerPlan.of(module)
+    return Int8Plan() if isinstance(module, Int8Linear | Int8Embedding) else None
+
+
+def _module_fields(plan: Plan | None, most: LayerPlan) -> dict[str, Any]:
+    if not isinstance(plan, LayerPlan):
+        return {"kind": "float" if plan is None else "int8"}
     packing = {"layout": plan.layout, "state": plan.state}
     rest = {"layout": most.layout, "state": most.state}
     differing = {field: value for field, value in packing.items() if value != rest[field]}
@@ -261,7 +339,7 @@ def _checked_modules(modules: object) -> dict[str, dict[str, Any]]:
     if not isinstance(modules, Mapping) or not all(isinstance(fields, Mapping) for fields in modules.values()):
         raise QuantizationError(f"modules is {modules!r}, expected names with fields")
     for name, fields in modules.items():
-        _require(f"kind of {name}", fields.get("kind"), ("ternary", "float"))
+        _require(f"kind of {name}", fields.get("kind"), ("ternary", "int8", "float"))
         allowed = {"kind", *_PLAN_FIELDS} if fields["kind"] == "ternary" else {"kind"}
         if unknown := sorted(set(fields) - allowed):
             raise QuantizationError(f"modules has {unknown} for {name}, known are {sorted(allowed)}")

@@ -431,7 +431,7 @@ def with_config(directory: Path, **fields: Any) -> None:
         ({"layout": "1.6bit"}, "does not exist for 64 in_features"),
         ({"group_size": 64}, "group_size is 64.*expected 128"),
         ({"weight_granularity": "per_row"}, "weight_granularity is 'per_row'"),
-        ({"modules": {Q: {"kind": "int8"}}}, f"kind of {Q} is 'int8'"),
+        ({"modules": {Q: {"kind": "int4"}}}, f"kind of {Q} is 'int4'"),
         ({"modules": {Q: {"kind": "ternary", "state": "frozen"}}}, f"state of {Q} is 'frozen'"),
         ({"modules": {Q: {"kind": "float", "layout": "2bit"}}}, "modules has .'layout'. for"),
         ({"modules": [Q]}, "expected names with fields"),
