@@ -36,7 +36,7 @@ help:
 # Installs and builds what the demo needs, and no more.
 demo: $(DONE)/package
 	test -e $(BUILD)/build.ninja || $(CONFIGURE) -DBITLAB_TESTS=OFF
-	cmake --build $(BUILD) --target bitcore_torch run_bitmlp
+	cmake --build $(BUILD) --target bitcore_torch bitlab run_bitmlp
 	$(BIN)/bitlab demo --output demo-output
 
 # run_tests(options of ctest, options of pytest): both suites run, even if the first one fails.

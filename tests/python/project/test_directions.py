@@ -37,7 +37,7 @@ SHARED = {"bitcore/base/checks.h", "bitcore/io/json.h"}
 MODULES = (
     ("_requirements", "_library", "_torch_private", "exceptions"),
     ("config",),
-    ("config_keyword",),
+    ("config_keyword", "engine"),
     ("operators",),
     ("kernels",),
     ("ops",),
