@@ -112,7 +112,8 @@ class BitLinear(nn.Linear):
     `load_state_dict(strict=True)` raises, as in all of torch.)
 
     Layers that share one `weight` (or share it with an `nn.Embedding`) are trained as one; each packs a copy of its
-    own, and `deploy()` of one leaves the weight to the others. Deployed layers share nothing (but heads that `from_pretrained` ties to an embedding).
+    own, and `deploy()` of one leaves the weight to the others. Deployed layers share nothing, but for heads that
+    `from_pretrained` ties to an embedding.
 
     A weight that is computed (`torch.nn.utils.parametrize`, `weight_norm`, pruning) is packed anew at every
     evaluation that gives another tensor; `deploy()` and a deployed state want that removed first.
