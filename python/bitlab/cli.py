@@ -41,10 +41,32 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what a checkpoint holds, and what BitLab can do with it")
     inspect.add_argument("path", type=Path, help="a GGUF or safetensors file, or a directory of Hugging Face")
     inspect.set_defaults(run=run_inspect)
+    convert = commands.add_parser("convert", help="any ternary checkpoint into BitLab's form")
+    add_convert_arguments(convert)
+    convert.set_defaults(run=run_convert)
     bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
     add_arguments(bench)
     bench.set_defaults(run=run_bench)
     return parser
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `bitlab convert`."""
+    parser.add_argument("source", type=Path, help="a directory of Hugging Face, or a GGUF file")
+    parser.add_argument("target", type=Path, help="the directory that is made; nothing of that name may be there")
+    parser.add_argument("--layout", choices=("2bit", "1.6bit"), default="2bit", help="bits per weight (%(default)s)")
+    parser.add_argument(
+        "--head", choices=("int8", "keep"), default="int8", help="a head that is not ternary, and what it is tied to: "
+        "int8 with a scale per row, or as it is (%(default)s)"
+    )  # fmt: skip
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="take the tokenizer of this directory")
+    parser.add_argument(
+        "--scales", choices=("multiply", "divide"), help="what scales of packed weights do, if config.json does not say"
+    )
+    parser.add_argument("--hidden-act", choices=("silu", "relu2"), help="the activation, if a GGUF file does not say")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare logits with the source's in transformers (needs torch)"
+    )
 
 
 def run_info(arguments: argparse.Namespace, console: Console) -> int:
@@ -87,6 +109,13 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     from bitlab.inspect import run
 
     return run(arguments.path, console)
+
+
+def run_convert(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab convert`."""
+    from bitlab.convert import run
+
+    return run(arguments, console)
 
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:

@@ -1,7 +1,9 @@
-"""Models of ternary layers that save, load and deploy."""
+"""Models of ternary layers that save, load and deploy; language models of others, converted (without torch)."""
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+from bitmodels.checkpoints import convert_checkpoint, inspect_checkpoint
 
 if TYPE_CHECKING or find_spec("torch") is not None:
     from bitmodels.auto import AutoBitModel
@@ -11,7 +13,7 @@ if TYPE_CHECKING or find_spec("torch") is not None:
 else:
 
     def __getattr__(name: str) -> object:
-        """Says what to install for what needs torch: all but `bitmodels.checkpoints`."""
+        """Says what to install for what needs torch."""
         if name in __all__:
             from bitcore import _requirements as _requirements
         raise AttributeError(f"module 'bitmodels' has no attribute {name!r}")
@@ -23,6 +25,8 @@ __all__ = [
     "BitMLPModel",
     "BitModelBase",
     "BitModelConfig",
+    "convert_checkpoint",
+    "inspect_checkpoint",
     "list_models",
     "register_model",
 ]

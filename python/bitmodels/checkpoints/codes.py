@@ -1,6 +1,6 @@
 """How often each code occurs in a ternary tensor, and what its scales are, for every encoding that is known."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,28 +138,3 @@ def codes_with_scales(counts: Counts, scales: NDArray[np.float64]) -> Codes:
         int((scales < 0).sum()),
         int((~np.isfinite(scales)).sum()),
     )
-
-
-def ternary_groups(weight: NDArray[Any]) -> str | None:
-    """In which groups float weights are -1, 0 and +1 times one magnitude: "tensor", "row" or a number of weights.
-
-    The largest that fits; None where none does, or all weights are 0.
-    """
-    magnitudes = np.abs(weight.astype(np.float32))
-    if not np.isfinite(magnitudes).all() or not magnitudes.any():
-        return None
-    for name, groups in _groupings(magnitudes):
-        largest = groups.max(axis=-1, keepdims=True)
-        if bool(((groups == 0) | (groups == largest)).all()):
-            return name
-    return None
-
-
-def _groupings(magnitudes: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    yield "tensor", magnitudes.reshape(1, -1)
-    yield "row", magnitudes
-    columns = magnitudes.shape[-1]
-    for size in (256, 128, 64, 32):
-        if columns > size:
-            padded = np.pad(magnitudes, ((0, 0), (0, -columns % size)))
-            yield str(size), padded.reshape(-1, size)

@@ -205,7 +205,7 @@ def _place(
     path: Path, data: Bytes, begin: int, alignment: int, entries: Mapping[str, _Entry]
 ) -> dict[str, StoredTensor]:
     offsets = sorted({entry.offset for entry in entries.values()})
-    ends = dict(zip(offsets, [*offsets[1:], len(data) - begin], strict=True))
+    ends = dict(zip(offsets, [*offsets, len(data) - begin][1:], strict=True))
     two_layouts = _told_apart(path, alignment, entries, ends)
     places, encodings = {}, {}
     for name, entry in entries.items():

@@ -12,11 +12,13 @@ from bitmodels.checkpoints.codes import (
     codes_of,
     codes_of_packed,
     codes_of_qweight,
-    ternary_groups,
 )
+from bitmodels.checkpoints.conversion import describe_conversion
 from bitmodels.checkpoints.gguf import MAGIC, read_gguf
-from bitmodels.checkpoints.huggingface import SUFFIX, as_array, read_directory, read_json, read_tensors
+from bitmodels.checkpoints.huggingface import SUFFIX, as_array, read_directory, read_tensors
 from bitmodels.checkpoints.stored import Checkpoint, StoredTensor
+from bitmodels.checkpoints.ternary import ternary_floats
+from bitmodels.checkpoints.tokenizer import TOKENIZER, vocabulary_of
 
 FLOATS = ("float32", "float16", "bfloat16")
 LOOKED_AT = 1 << 20  # Weights of a float matrix that are looked at for whether they are ternary.
@@ -95,16 +97,12 @@ def _inspect_gguf(checkpoint: Checkpoint) -> Report:
     if any(group.codes for group in report.groups):
         report.scales = "multiply"
     _note_codes(report)
-    if rotation := sorted(key for key in metadata if key.startswith("prism.hadamard")):
-        report.notes.append(
-            f"its weights are in a rotated basis ({rotation[0]}): read without the rotation they give fluent garbage"
-        )
     if str(architecture).startswith("bitnet"):
         report.notes.append(
             "llama.cpp's converter divides by every scale and quantizes anew: if this file was made by it from packed "
             "weights whose scale multiplies (bitnet-b1.58-2B-4T), its scales are wrong, which nothing in the file shows"
         )
-    report.notes.append("BitLab reads no weights from GGUF files yet")
+    _note_conversion(report, checkpoint)
     return report
 
 
@@ -143,29 +141,13 @@ def _inspect_directory(checkpoint: Checkpoint) -> Report:
     report.groups = _largest_first(groups.values())
     report.tokenizer = _tokenizer_of(checkpoint)
     _note_codes(report)
-    kinds = set(groups)
-    if _PACKED in kinds:
-        _note_bitnet(report, quantization)
-    elif _OURS in kinds:
+    if _PACKED in groups:
+        report.scales = _convention(quantization)
+    if quantization.get("quant_method") == "bitlab":
         report.scales = "multiply"
         report.notes.append("saved by BitLab: import bitlayers.transformers, then from_pretrained() loads it")
-    elif ternary := sorted(kind for kind in kinds if "ternary" in kind):
-        report.notes.append(
-            f"{ternary[0]}: quantizing these weights anew would change them, for their mean magnitude is smaller than "
-            "their magnitude; BitLab does not read them as they are yet"
-        )
-    elif quantization.get("quant_method") == "bitnet":
-        report.notes.append(
-            "float weights that transformers quantizes in every forward: load it there, then bitlayers.convert(model) "
-            "makes it trainable, and bitlayers.deploy(model) packs it"
-        )
-    elif quantization:
-        report.notes.append(f"quantized by {quantization.get('quant_method')!r}, which BitLab does not read")
-    else:
-        report.notes.append(
-            "no ternary weights: from_pretrained(..., quantization_config=BitLabConfig()) makes its layers ternary, "
-            "which have to be trained then"
-        )
+    elif checkpoint.path.is_dir():
+        _note_conversion(report, checkpoint)
     return report
 
 
@@ -184,9 +166,11 @@ def _kind_of(tensor: StoredTensor, checkpoint: Checkpoint) -> tuple[str, int, Co
             return _PACKED, 4 * tensor.numel, codes_of_packed(tensor, values)
         return "uint8", tensor.numel, None
     if tensor.encoding in FLOATS and len(tensor.shape) == 2:
-        groups = ternary_groups(as_array(_first_rows(tensor)))
-        if groups is not None:
-            of = f"group of {groups}" if groups.isdigit() else groups
+        grouping = ternary_floats(_first_rows(tensor))
+        if grouping is not None:
+            of = {"per_tensor": "tensor", "per_channel": "row"}.get(
+                grouping.granularity, f"group of {grouping.group_size}"
+            )
             return f"{tensor.encoding}, ternary already, one magnitude per {of}", tensor.numel, None
     kind = "norms, biases, scales" if len(tensor.shape) < 2 and tensor.encoding in FLOATS else tensor.encoding
     return kind, 0 if tensor.encoding in _IGNORED else tensor.numel, None
@@ -206,39 +190,32 @@ def _qweight(tensor: StoredTensor, scale: Any, path: Path) -> tuple[int, Codes]:
     return int(codes.counts.sum()), codes
 
 
-def _note_bitnet(report: Report, quantization: dict[str, Any]) -> None:
+def _convention(quantization: dict[str, Any]) -> str:
+    """What packed weights do with their scale."""
     conventions = {"bitlinear": "divide", "autobitlinear": "multiply"}
     linear_class = str(quantization.get("linear_class", "bitlinear"))
     if quantization.get("quant_method") != "bitnet" or linear_class not in conventions:
-        report.scales = "NOT KNOWN: config.json does not say whether they divide or multiply"
-        report.notes.append("without that word every output would be a guess, so nothing loads it")
-        return
-    report.scales = conventions[linear_class]
-    if quantization.get("use_rms_norm"):
-        report.notes.append("its layers have norms of their own (use_rms_norm), which BitLinear has not")
-    else:
-        report.notes.append("load it with transformers, then bitlayers.convert(model) takes over its codes and scales")
+        return "NOT KNOWN: config.json does not say whether they divide or multiply"
+    return conventions[linear_class]
 
 
 def _tokenizer_of(checkpoint: Checkpoint) -> str:
-    path = checkpoint.path / "tokenizer.json"
+    path = checkpoint.path / TOKENIZER
     if not path.exists():
-        return "none (no tokenizer.json)"
-    content = read_json(path)
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, dict) else None
-    added = content.get("added_tokens") or []
-    if not isinstance(model, dict) or not isinstance(vocabulary, dict | list) or not isinstance(added, list):
-        raise FileError(f"{path}: has no model with a vocabulary")
-    ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else [*range(len(vocabulary))]
-    ids += [token.get("id") for token in added if isinstance(token, dict)]
-    if not all(type(number) is int for number in ids):
-        raise FileError(f"{path}: has a token whose id is no number")
+        return f"none (no {TOKENIZER})"
+    kind, tokens = vocabulary_of(checkpoint.path, path.read_text(encoding="utf-8", errors="replace"))
     rows = checkpoint.metadata.get("vocab_size")
-    return f"{model.get('type')}: {_fit(max(ids, default=-1) + 1, rows if type(rows) is int else None)}"
+    return f"{kind}: {_fit(tokens, rows if type(rows) is int else None)}"
 
 
 # ---- both ------------------------------------------------------------------------------------------------------------
+
+
+def _note_conversion(report: Report, checkpoint: Checkpoint) -> None:
+    try:
+        report.notes.append(describe_conversion(checkpoint))
+    except FileError as error:
+        report.notes.append(f"bitlab convert cannot read it: {error}")
 
 
 def _note_codes(report: Report) -> None:

@@ -1,5 +1,6 @@
 """A tensor as it lies in a file."""
 
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,18 @@ def map_file(path: Path) -> Bytes:
     if path.stat().st_size == 0:
         raise FileError(f"{path}: the file is empty")
     return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def release(tensor: StoredTensor) -> None:
+    """Gives back the memory that holds what has been read of a mapped file; what is read again is mapped again."""
+    data: Any = tensor.data
+    while isinstance(data.base, np.ndarray):
+        data = data.base
+    if not isinstance(data.base, mmap.mmap):
+        return
+    begin = tensor.data.ctypes.data - data.ctypes.data
+    first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+    data.base.madvise(mmap.MADV_DONTNEED, first, begin + tensor.data.size - first)
 
 
 def check_apart(path: Path, places: Mapping[str, tuple[int, int]], end: int) -> None:

@@ -17,6 +17,7 @@ from zipfile import ZipFile
 
 import pytest
 
+from checkpoints import as_floats, hugging_face, tiny
 from support import ROOT
 from test_docs_snippets import Snippet, snippets
 
@@ -24,6 +25,7 @@ PACKAGES = ("bitcore", "bitlab", "bitlayers", "bitmodels")
 README_SNIPPETS = [snippet for snippet in snippets("python") if snippet.page.name == "README.md"]
 LIBRARY = "bitcore/lib/libbitcore_torch.so"
 LIMITS = "bitlab/lib/libbitlab_limits.so"
+ENGINE = "bitcore/lib/libbitlab.so"
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,7 +117,7 @@ def test_contents(wheel: Path) -> None:
         if path.suffix == ".py" or path.name == "py.typed"
     }
     files = {name for name in modes if ".dist-info/" not in name and not name.endswith("/")}
-    assert files == expected | {LIBRARY, LIMITS, "bitcore/bin/run_bitmlp"}
+    assert files == expected | {LIBRARY, LIMITS, ENGINE, "bitcore/bin/run_bitmlp"}
     assert modes["bitcore/bin/run_bitmlp"] & stat.S_IXUSR
 
 
@@ -146,6 +148,14 @@ def test_command(environment: Path, tmp_path: Path) -> None:
     output = run([str(environment / "bin" / "bitlab"), "info"], tmp_path)
     assert "Kernels, best first" in output
     assert "ReferenceKernel" in output
+
+
+def test_conversion(environment: Path, tmp_path: Path) -> None:
+    """The engine without torch."""
+    model = tiny("llama", 64)
+    hugging_face(tmp_path / "source", model, as_floats(model))
+    run([str(environment / "bin" / "bitlab"), "convert", "source", "target"], tmp_path)
+    assert (tmp_path / "target/model.safetensors").is_file()
 
 
 def test_limits(environment: Path, tmp_path: Path) -> None:
@@ -207,9 +217,10 @@ def test_undefined_symbols(library: Path) -> None:
         assert stable or runtime or kind == "w", f"{name} is of no library that we link"
 
 
-def test_libraries_of_the_limits(environment: Path) -> None:
-    limits = site_packages(environment) / LIMITS
-    output = run(["readelf", "--dynamic", "--wide", str(limits)], limits.parent)
+@pytest.mark.parametrize("name", [LIMITS, ENGINE])
+def test_libraries_without_torch(name: str, environment: Path) -> None:
+    library = site_packages(environment) / name
+    output = run(["readelf", "--dynamic", "--wide", str(library)], library.parent)
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", output))
     assert needed <= {"libstdc++.so.6", "libgcc_s.so.1", "libm.so.6", "libc.so.6"}
 
