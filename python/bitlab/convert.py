@@ -42,7 +42,8 @@ def _convert(arguments: argparse.Namespace, console: Console) -> Conversion:
         def progress(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name or "finishing")
 
-        return convert_checkpoint(
+        verified: list[str] = []
+        conversion = convert_checkpoint(
             arguments.source,
             arguments.target,
             layout=arguments.layout,
@@ -50,21 +51,20 @@ def _convert(arguments: argparse.Namespace, console: Console) -> Conversion:
             tokenizer=arguments.tokenizer,
             scales=arguments.scales,
             hidden_act=arguments.hidden_act,
-            check=_verifier(arguments, console) if arguments.verify else None,
+            check=_verifier(arguments.source, verified) if arguments.verify else None,
             progress=progress,
         )
+    conversion.notes += verified
+    return conversion
 
 
-def _verifier(arguments: argparse.Namespace, console: Console) -> Callable[[Path], None]:
+def _verifier(source: Path, lines: list[str]) -> Callable[[Path], None]:
+    """What compares a converted directory with its source, and adds to `lines` what it finds."""
     if missing := [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]:
         raise UsageError(f"--verify needs {missing[0]}, which is not installed: pip install 'bitlab[transformers]'")
     from bitmodels.verification import verify
 
-    def check(directory: Path) -> None:
-        for line in verify(arguments.source, directory):
-            console.print(f"- {line}", highlight=False, markup=False)
-
-    return check
+    return lambda directory: lines.extend(verify(source, directory))
 
 
 def print_conversion(conversion: Conversion, console: Console) -> None:

@@ -54,7 +54,7 @@ class Conversion:
     tokenizer: str
     bytes_before: int
     bytes_after: int
-    seconds: float
+    seconds: float  # Without what `check` took.
     notes: list[str] = field(default_factory=list)  # What had to be changed or rounded.
 
     @property
@@ -111,6 +111,7 @@ def convert_checkpoint(
         size = _write_weights(directory / WEIGHTS, found.parts, progress)
         for name, text in texts.items():
             _write(directory / name, text)
+        seconds = time.perf_counter() - begin
         if check is not None:
             check(directory)
         _sync(directory)
@@ -125,7 +126,7 @@ def convert_checkpoint(
         "none" if TOKENIZER not in texts else f"{TOKENIZER}, from {tokenizer or source}",
         sum(tensor.data.size for tensor in found.checkpoint.tensors.values()),
         size,
-        time.perf_counter() - begin,
+        seconds,
         _notes(found),
     )
 
