@@ -54,11 +54,18 @@ class SafetensorsStream:
         self.nbytes = self._begin + end
         self._file = path.open("wb", buffering=0)
         try:
-            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
+            self._take_room(path)
             self._write_at(0, len(text).to_bytes(8, "little") + text)
         except BaseException:
             self._file.close()
             raise
+
+    def _take_room(self, path: Path) -> None:
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
+        except OSError as error:
+            needed = f"{error.strerror} (the file needs {self.nbytes:,} bytes)"
+            raise OSError(error.errno, needed, str(path)) from error
 
     def append(self, name: str, values: NDArray[Any]) -> None:
         """Writes what follows of a tensor."""

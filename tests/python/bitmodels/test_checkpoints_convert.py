@@ -405,6 +405,25 @@ def test_embedding_and_head_in_what_the_gguf_package_quantizes(kind: str, tmp_pa
     assert result.quantization["modules"]["lm_head"] == {"kind": "int8"}
 
 
+def test_the_tq2_0_of_the_gguf_package(tmp_path: Path) -> None:
+    model = tiny("llama", 256, hidden=256, inner=512, ternary_embedding=True)
+    for name, codes in model.codes.items():
+        content = gguf.quants.quantize(model.weight(name), gguf.GGMLQuantizationType.TQ2_0)
+        assert content.tobytes() == ENCODERS["TQ2_0"][2](codes, model.scales[name])
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    for key, value in gguf_metadata(model, "llama").items():
+        if key != "general.architecture":
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
+    for name, (shape, kind, content) in gguf_tensors(model, "TQ2_0", permutes=True).items():
+        raw = np.frombuffer(content, np.uint8).reshape(shape[0], -1) if kind else np.frombuffer(content, np.float32)
+        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType(kind))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert_same_model(convert(tmp_path / "a.gguf")[0], model)
+
+
 def test_scales_that_are_zero_or_negative_in_gguf(tmp_path: Path) -> None:
     model = tiny("qwen3", 128)
     scales, codes = model.scales[Q], model.codes[Q]

@@ -14,6 +14,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations import bitnet
 
 import bitlayers.transformers  # makes "bitlab" known to from_pretrained
 from bitcore.exceptions import FileError
@@ -23,7 +24,17 @@ from bitlayers import BitLinear, Int8Linear
 from bitlayers import convert as take_over
 from bitmodels.checkpoints import convert_checkpoint
 from bitmodels.verification import verify
-from checkpoints import ENCODERS, TinyModel, as_floats, as_packed, gguf_file, hugging_face, read_tensors, tiny
+from checkpoints import (
+    ENCODERS,
+    TinyModel,
+    as_floats,
+    as_packed,
+    gguf_file,
+    hugging_face,
+    packed_rows,
+    read_tensors,
+    tiny,
+)
 
 pytestmark = pytest.mark.medium  # Importing transformers takes seconds.
 transformers.logging.set_verbosity_error()
@@ -307,3 +318,37 @@ def test_codes_are_those_of_the_source(tmp_path: Path) -> None:
         assert layer.qweight is not None
         found = unpack_weights(layer.qweight, layer.in_features).numpy()
         np.testing.assert_array_equal(found, model.codes[name])
+
+
+# --- checkpoints that transformers wrote ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (8, 33), (12, 7), (128, 130)])
+def test_packed_rows_are_those_of_transformers(shape: tuple[int, int]) -> None:
+    codes = torch.randint(-1, 2, shape)
+    theirs = bitnet.pack_weights(codes.clone()).numpy()
+    np.testing.assert_array_equal(theirs, packed_rows(codes.numpy().astype(np.int8)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen3Config", "BitNetConfig"])
+def test_what_transformers_saved(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Its class, its config.json, its shards."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 72, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+    config = getattr(transformers, kind)(
+        **sizes, num_key_value_heads=2, vocab_size=97, head_dim=18, rope_parameters=rope, quantization_config=ONLINE
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    assert (tmp_path / "source/model.safetensors.index.json").is_file()
+    ours = converted(tmp_path / "source", head="keep")
+    theirs = bitlayers.deploy(take_over(load(tmp_path / "source")))
+    assert torch.equal(logits(ours), logits(theirs))
+    apart = ("quantization_config", "transformers_version", "dtype", "_name_or_path")
+    found, expected = (
+        {name: value for name, value in each.config.to_dict().items() if name not in apart} for each in (ours, theirs)
+    )
+    assert found == expected
+    assert str(dtype).endswith(json.loads((tmp_path / "target/config.json").read_text())["dtype"])
