@@ -408,8 +408,8 @@ def test_embedding_and_head_in_what_the_gguf_package_quantizes(kind: str, tmp_pa
 def test_the_tq2_0_of_the_gguf_package(tmp_path: Path) -> None:
     model = tiny("llama", 256, hidden=256, inner=512, ternary_embedding=True)
     for name, codes in model.codes.items():
-        content = gguf.quants.quantize(model.weight(name), gguf.GGMLQuantizationType.TQ2_0)
-        assert content.tobytes() == ENCODERS["TQ2_0"][2](codes, model.scales[name])
+        theirs = gguf.quants.quantize(model.weight(name), gguf.GGMLQuantizationType.TQ2_0)
+        assert theirs.tobytes() == ENCODERS["TQ2_0"][2](codes, model.scales[name])
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     for key, value in gguf_metadata(model, "llama").items():
         if key != "general.architecture":
