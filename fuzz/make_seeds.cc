@@ -57,7 +57,7 @@ void write_files(const fs::path& directory) {
   write(directory / "trainable", safetensors(mlp_metadata(), mlp_tensors(false)));
   write(directory / "scalar", safetensors({}, {{"s", {"BF16", {}, "ab"}}, {"v", {"F16", {2}, "abcd"}}}));
   write(directory / "unaligned", unaligned(safetensors({}, {{"a", {"U8", {1}, "a"}}, {"b", {"F32", {1, 1}, "abcd"}}})));
-  write(directory / "empty", safetensors({{"key", "value"}}, {{"e", {"I64", {0, 3}, ""}}}));
+  write(directory / "empty", safetensors({{"key", "value"}}, {{"e", {"I64", {0, 3}, ""}}, {"f", {"F32", {0, 3}, ""}}}));
 }
 
 // As config_fuzzer.cc reads it: which tensors the file has, then a key and a value a line.

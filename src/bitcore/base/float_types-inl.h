@@ -52,6 +52,7 @@ inline std::uint16_t float_to_float16(float value) {
 
 /// Reads `count` floating elements as float32.
 inline void widen(const void* source, DType dtype, std::int64_t count, float* out) {
+  if (count == 0) return;  // Then there may be no memory, of which memcpy may not be told.
   if (dtype == DType::float32) {
     std::memcpy(out, source, static_cast<std::size_t>(count) * sizeof(float));
     return;
@@ -73,6 +74,7 @@ inline float widened(const void* source, DType dtype, std::int64_t index) {
 
 /// Writes `count` float32 elements, each rounded once to nearest even.
 inline void narrow(const float* in, std::int64_t count, DType dtype, void* destination) {
+  if (count == 0) return;  // As above.
   if (dtype == DType::float32) {
     std::memcpy(destination, in, static_cast<std::size_t>(count) * sizeof(float));
     return;

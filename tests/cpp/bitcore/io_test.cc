@@ -67,6 +67,15 @@ TEST_F(Safetensors, ReadsTensorsAndMetadata) {
   expect_error<FileError>([&] { file.tensor("q").floats(); }, {"U8", "F32"});
 }
 
+TEST_F(Safetensors, ATensorMayBeEmpty) {
+  for (const char* dtype : {"F32", "F16", "BF16"}) {
+    const std::string header = std::string(R"({"e":{"dtype":")") + dtype + R"(","shape":[0,3],"data_offsets":[0,0]}})";
+    const SafetensorsFile file(write(header, 0));
+    EXPECT_TRUE(file.tensor("e").floats().empty());
+    EXPECT_EQ(file.tensor("e").matrix().cols, 3);
+  }
+}
+
 TEST_F(Safetensors, RefusesWhatIsNoFile) {
   expect_error<FileError>([] { SafetensorsFile file("/nonexistent/model.safetensors"); }, {"/nonexistent"});
   expect_error<FileError>([] { SafetensorsFile file("/"); }, {"/: ", "directory"});
