@@ -231,8 +231,9 @@ struct Native {
   }
   static I bits(F a) { return reinterpret_cast<I>(a); }
   static F floats(I a) { return reinterpret_cast<F>(a); }
-  static I add(I a, I b) { return a + b; }
-  static I sub(I a, I b) { return a - b; }
+  typedef std::uint32_t Unsigned __attribute__((vector_size(16)));  // wraps, as the vectors of every machine do
+  static I add(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<Unsigned>(a) + reinterpret_cast<Unsigned>(b)); }
+  static I sub(I a, I b) { return reinterpret_cast<I>(reinterpret_cast<Unsigned>(a) - reinterpret_cast<Unsigned>(b)); }
   static I bit_and(I a, I b) { return a & b; }
   static I bit_or(I a, I b) { return a | b; }
   static I bit_xor(I a, I b) { return a ^ b; }
