@@ -2,13 +2,12 @@
 
 #include <charconv>
 #include <cmath>
-#include <fstream>
-#include <iterator>
 #include <optional>
 #include <utility>
 
 #include "bitcore/base/checks.h"
 #include "bitcore/io/json.h"
+#include "bitmodels/json_file.h"
 
 namespace bitmodels {
 namespace {
@@ -117,14 +116,6 @@ class Flattener {
   Fields fields_;
 };
 
-std::string read_text(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail_file(path, "cannot be opened");
-  std::string text(std::istreambuf_iterator<char>(file), {});
-  if (file.bad()) fail_file(path, "cannot be read");
-  return text;
-}
-
 }  // namespace
 
 Fields default_fields() {
@@ -142,11 +133,7 @@ Fields default_fields() {
 
 Fields read_config_json(const std::string& path) {
   constexpr int kMostDepth = 3;  // the config, module_configs, a layer's fields
-  const std::string text = read_text(path);
-  std::string_view object = text;
-  if (object.starts_with("\xef\xbb\xbf")) object.remove_prefix(3);  // Some editors put a byte order mark first.
-  object.remove_prefix(std::min(object.find_first_not_of(" \t\r\n"), object.size()));
-  return Flattener(bitcore::parse_json_object(object, path, "it", kMostDepth), path).flatten();
+  return Flattener(read_json_file(path, kMostDepth), path).flatten();
 }
 
 void check_metadata(const Fields& metadata, const std::string& metadata_path, const Fields& config,

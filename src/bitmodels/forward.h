@@ -1,0 +1,22 @@
+// One pass of the decoder over rows of any number of sessions.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "bitcore/executor.h"
+#include "bitmodels/model.h"
+#include "bitmodels/workspace.h"
+
+namespace bitmodels::detail {
+
+/// Most rows of one pass: a longer prompt takes several. Enough for the kernels to be at their peak, and activations of
+/// all rows stay in the last-level cache.
+inline constexpr std::int64_t kMostRows = 512;
+
+/// Puts the tokens of workspace.segments into their caches, where there is room, and computes workspace.logits.
+/// @return false if it was cancelled.
+bool run_pass(const Model& model, Workspace& workspace, bitcore::Executor& executor,
+              const std::atomic<bool>* cancelled);
+
+}  // namespace bitmodels::detail
