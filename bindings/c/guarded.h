@@ -19,6 +19,15 @@ bitlab_status guarded(const Call& call) noexcept {
   try {
     call();
     return BITLAB_OK;
+  } catch (const FileError& error) {
+    set_last_error(error.what());
+    return BITLAB_FILE_ERROR;
+  } catch (const StateError& error) {
+    set_last_error(error.what());
+    return BITLAB_STATE_ERROR;
+  } catch (const KernelNotFoundError& error) {
+    set_last_error(error.what());
+    return BITLAB_KERNEL_NOT_FOUND;
   } catch (const QuantizationError& error) {
     set_last_error(error.what());
     return BITLAB_QUANTIZATION_ERROR;

@@ -1,12 +1,16 @@
-"""BitLab's core: ternary (1.58-bit) linear layers for training and inference."""
+"""BitLab's core: ternary (1.58-bit) linear layers for training and inference.
 
-from importlib.util import find_spec
+What needs torch is imported when it is first used, or as soon as the program imports torch: programs that only read,
+convert or run models start without it.
+"""
+
+import sys
 from typing import TYPE_CHECKING
 
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import BitLabError, FileError, KernelNotFoundError, QuantizationError, StateError
 
-if TYPE_CHECKING or find_spec("torch") is not None:
+if TYPE_CHECKING or sys.modules.get("torch") is not None:
     from bitcore.kernels import BitKernelBase, KernelRegistry, TorchKernel
     from bitcore.ops import bitlinear
     from bitcore.ops import weight_gradient as weight_gradient  # registers its operator: exported models use it
@@ -26,12 +30,17 @@ if TYPE_CHECKING or find_spec("torch") is not None:
     )
     from bitcore.ops.bitlinear import prepare_weights
 else:
+    from bitcore._after_torch import load_after_torch
+
+    load_after_torch("bitcore._api")  # Programs that were exported use the operators, and import nothing but bitcore.
 
     def __getattr__(name: str) -> object:
-        """Says what to install for what needs torch: nearly everything but reading checkpoints."""
-        if name in __all__:
-            from bitcore import _requirements as _requirements
-        raise AttributeError(f"module 'bitcore' has no attribute {name!r}")
+        """Imports what needs torch; without torch it says what to install."""
+        if name not in __all__:
+            raise AttributeError(f"module 'bitcore' has no attribute {name!r}")
+        from bitcore import _api
+
+        return getattr(_api, name)
 
 
 __all__ = [

@@ -1,19 +1,16 @@
-"""The engine on NumPy arrays, without torch: libbitlab.so, the C API of bindings/c, loaded by ctypes."""
+"""The engine on NumPy arrays, without torch: packing and quantizing through the C API of bindings/c."""
 
 import ctypes
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bitcore import _c_api
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 
-PATH = Path(__file__).parent / "lib" / "libbitlab.so"
-
-_QUANTIZATION_ERROR, _OUT_OF_MEMORY = 1, 2
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3, "uint8": 4}
 _LAYOUTS = {"2bit": 1, "1.6bit": 2}
 _GRANULARITIES = {"per_tensor": 0, "per_channel": 1, "per_group": 2}
@@ -109,32 +106,15 @@ def _memory(array: NDArray[Any]) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
     return ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
 
 
-def _call(name: str, *arguments: Any) -> None:
-    library = _library()
-    status = getattr(library, name)(*arguments)
-    if not status:
-        return
-    message = library.bitlab_last_error().decode()
-    if status == _OUT_OF_MEMORY:
-        raise MemoryError(message)
-    raise (QuantizationError if status == _QUANTIZATION_ERROR else RuntimeError)(message)
-
-
 @cache
-def _library() -> ctypes.CDLL:
-    """The shared object.
-
-    Raises:
-        ImportError: it has not been built, or does not fit this system.
-    """
-    try:
-        library = ctypes.CDLL(str(PATH))
-    except OSError as error:
-        raise ImportError(f"BitLab's engine cannot be loaded ({error}): run `make build`", name="bitcore") from error
+def _declare() -> None:
     size, memory = ctypes.c_int64, (ctypes.c_void_p, ctypes.c_size_t)
-    library.bitlab_last_error.restype = ctypes.c_char_p
-    library.bitlab_packed_row_bytes.argtypes = (size, size, ctypes.c_int32, ctypes.c_void_p)
-    library.bitlab_pack_weights.argtypes = (_Matrix, ctypes.c_int32, *memory)
-    library.bitlab_unpack_weights.argtypes = (_Matrix, size, *memory)
-    library.bitlab_prepare_weights.argtypes = (_Matrix, ctypes.c_int32, size, ctypes.c_int32, *memory, *memory)
-    return library
+    _c_api.declare("bitlab_packed_row_bytes", size, size, ctypes.c_int32, ctypes.c_void_p)
+    _c_api.declare("bitlab_pack_weights", _Matrix, ctypes.c_int32, *memory)
+    _c_api.declare("bitlab_unpack_weights", _Matrix, size, *memory)
+    _c_api.declare("bitlab_prepare_weights", _Matrix, ctypes.c_int32, size, ctypes.c_int32, *memory, *memory)
+
+
+def _call(name: str, *arguments: Any) -> None:
+    _declare()
+    _c_api.call(name, *arguments)

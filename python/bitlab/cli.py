@@ -11,8 +11,8 @@ from rich.console import Console
 
 from bitlab import __version__
 from bitlab.bench.options import UsageError, add_arguments, to_options
+from bitlab.output import PIPE_WIDTH
 
-PIPE_WIDTH = 120  # Of tables that go into a file or a pipe.
 MISSING_TORCH = """torch is not installed: run `pip install "bitlab[torch]"`"""
 MISSING_EXTRAS = "the demo needs scikit-learn and matplotlib: pip install 'bitlab[demo]'"
 
@@ -44,6 +44,22 @@ def build_parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="any ternary checkpoint into BitLab's form")
     add_convert_arguments(convert)
     convert.set_defaults(run=run_convert)
+    generate = commands.add_parser("generate", help="let a language model go on with a text")
+    add_model_arguments(generate)
+    generate.add_argument("prompt", help="the text; -: from the standard input")
+    generate.add_argument("--stop", action="append", default=[], help="a text that ends the answer; may be repeated")
+    add_answer_arguments(generate, most=128)
+    generate.set_defaults(run=run_generate)
+    chat = commands.add_parser("chat", help="talk to a language model; Ctrl-C stops an answer, Ctrl-D ends")
+    add_model_arguments(chat)
+    chat.add_argument("--system", help="a message before the conversation")
+    add_answer_arguments(chat, most=1024)
+    chat.set_defaults(run=run_chat)
+    perplexity = commands.add_parser("perplexity", help="how well a language model foresees a text")
+    add_model_arguments(perplexity)
+    perplexity.add_argument("text", type=Path, help="a file of text")
+    perplexity.add_argument("--window", type=positive, default=512, help="tokens that are seen together (%(default)s)")
+    perplexity.set_defaults(run=run_perplexity)
     bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
     add_arguments(bench)
     bench.set_defaults(run=run_bench)
@@ -67,6 +83,28 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="compare logits with the source's in transformers (needs torch)"
     )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model, and how it runs."""
+    parser.add_argument("source", help="a directory, a GGUF file, or owner/name on the hub")
+    parser.add_argument("--offline", action="store_true", help="take from the hub only what has been fetched before")
+    parser.add_argument("--threads", type=int, default=0, help="default: all CPUs that this process may use")
+    parser.add_argument("--kernel", help="of ternary layers; default: the best (see bitlab info)")
+
+
+def add_answer_arguments(parser: argparse.ArgumentParser, most: int) -> None:
+    """How an answer is written. What is not given is as the model's generation_config.json says."""
+    parser.add_argument("--max-tokens", type=positive, default=most, help="most tokens of an answer (%(default)s)")
+    parser.add_argument("--temperature", type=float, help="0: always the most probable token")
+    parser.add_argument("--top-k", type=int, help="choose among so many")
+    parser.add_argument("--top-p", type=float, help="choose among those that make up this share")
+    parser.add_argument("--min-p", type=float, help="choose among those of at least this share of the most probable")
+    parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that were there")
+    parser.add_argument("--seed", type=int, help="the same seed, the same answer")
+    parser.add_argument("--context", type=int, default=0, help="most tokens in all; default: what the model allows")
+    parser.add_argument("--cache", choices=("float16", "float32", "int8"), default="float16", help="%(default)s")
+    parser.add_argument("--timing", action="store_true", help="print tokens per second")
 
 
 def run_info(arguments: argparse.Namespace, console: Console) -> int:
@@ -116,6 +154,27 @@ def run_convert(arguments: argparse.Namespace, console: Console) -> int:
     from bitlab.convert import run
 
     return run(arguments, console)
+
+
+def run_generate(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab generate`."""
+    from bitlab.talk import generate
+
+    return generate(arguments, console)
+
+
+def run_chat(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab chat`."""
+    from bitlab.talk import chat
+
+    return chat(arguments, console)
+
+
+def run_perplexity(arguments: argparse.Namespace, console: Console) -> int:
+    """`bitlab perplexity`."""
+    from bitlab.talk import perplexity
+
+    return perplexity(arguments, console)
 
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:

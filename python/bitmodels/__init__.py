@@ -1,11 +1,12 @@
-"""Models of ternary layers that save, load and deploy; language models of others, converted (without torch)."""
+"""Models of ternary layers: trained, saved and deployed in PyTorch; language models, run without it."""
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from bitmodels.checkpoints import convert_checkpoint, inspect_checkpoint
+from bitmodels.language_model import LanguageModel
+from bitmodels.native_model import Sampling
 
-if TYPE_CHECKING or find_spec("torch") is not None:
+if TYPE_CHECKING:
     from bitmodels.auto import AutoBitModel
     from bitmodels.base import BitModelBase, BitModelConfig
     from bitmodels.mlp import BitMLPConfig, BitMLPModel
@@ -13,10 +14,12 @@ if TYPE_CHECKING or find_spec("torch") is not None:
 else:
 
     def __getattr__(name: str) -> object:
-        """Says what to install for what needs torch."""
-        if name in __all__:
-            from bitcore import _requirements as _requirements
-        raise AttributeError(f"module 'bitmodels' has no attribute {name!r}")
+        """Imports what needs torch; without torch it says what to install."""
+        if name not in __all__:
+            raise AttributeError(f"module 'bitmodels' has no attribute {name!r}")
+        from bitmodels import _api
+
+        return getattr(_api, name)
 
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "BitMLPModel",
     "BitModelBase",
     "BitModelConfig",
+    "LanguageModel",
+    "Sampling",
     "convert_checkpoint",
     "inspect_checkpoint",
     "list_models",

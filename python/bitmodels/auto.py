@@ -2,6 +2,7 @@
 
 import os
 
+import bitmodels.mlp  # noqa: F401 (registers its model)
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import FileError, QuantizationError
 from bitmodels.base import BitModelBase, BitModelConfig

@@ -31,6 +31,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 SLOW_TO_IMPORT = (
     "test_bring_your_model.py",
     "test_conversion_transformers.py",
+    "test_language_model_transformers.py",
     "test_gguf_tokenizer_transformers.py",
     "test_peft.py",
     "test_transformers.py",

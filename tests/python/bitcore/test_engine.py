@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import oracle
-from bitcore import engine
+from bitcore import _c_api, engine
 from bitcore.config import BitQuantConfig
 from bitcore.exceptions import QuantizationError
 from oracle import Schema
@@ -111,18 +111,18 @@ def test_messages_belong_to_their_thread() -> None:
 
 
 def test_a_missing_library_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PATH", tmp_path / "libbitlab.so")
-    engine._library.cache_clear()
+    monkeypatch.setattr(_c_api, "PATH", tmp_path / "libbitlab.so")
+    _c_api.library.cache_clear()
     try:
         with pytest.raises(ImportError, match="engine cannot be loaded .*: run `make build`"):
             engine.packed_row_bytes(1, 1, "2bit")
     finally:
-        engine._library.cache_clear()
+        _c_api.library.cache_clear()
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are missing")
 def test_it_exports_the_header_and_nothing_else() -> None:
-    symbols = subprocess.run(["nm", "-D", "--defined-only", engine.PATH], capture_output=True, text=True, check=True)
+    symbols = subprocess.run(["nm", "-D", "--defined-only", _c_api.PATH], capture_output=True, text=True, check=True)
     exported = {line.split()[-1] for line in symbols.stdout.splitlines()}
     assert exported == {name for name in exported if f"{name}(" in HEADER.read_text()}
     assert len(exported) == HEADER.read_text().count("BITLAB_EXPORT ") - 1  # one of them is its definition

@@ -37,6 +37,7 @@ import sys
 # An editable installation of the tree finds its packages before the path is looked at.
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
 import bitcore
+bitcore.prepare_weights
 """
 WITHOUT_TORCH = """
 import importlib

@@ -101,7 +101,7 @@ def test_what_it_requires(wheel: Path) -> None:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         required = re.findall("^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
     always = {re.split("[<>=]", line)[0] for line in required if "extra" not in line}
-    assert always == {"gguf", "numpy", "rich", "safetensors", "tokenizers"}
+    assert always == {"gguf", "jinja2", "numpy", "rich", "safetensors", "tokenizers"}
     assert any(re.fullmatch(r"torch>=2\.10; extra == [\"']torch[\"']", line) for line in required)
 
 
