@@ -61,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity.add_argument("--window", type=positive, default=512, help="tokens that are seen together (%(default)s)")
     perplexity.set_defaults(run=run_perplexity)
     bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
+    bench.add_argument("model", nargs="?", type=Path, help="a language model in BitLab's form, instead of the kernels")
+    bench.add_argument("--turns", type=positive, default=7, help="of everything, for a model (%(default)s)")
     add_arguments(bench)
     bench.set_defaults(run=run_bench)
     return parser
@@ -179,6 +181,11 @@ def run_perplexity(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_bench(arguments: argparse.Namespace, console: Console) -> int:
     """`bitlab bench`."""
+    if arguments.model is not None:
+        from bitlab.bench.model import run as run_model
+
+        kernel = None if arguments.kernels in (("all",), ("best",)) else arguments.kernels[0]
+        return run_model(arguments.model, arguments.threads, kernel, arguments.turns, arguments.output, console)
     from bitlab.bench.main import run
 
     return run(to_options(arguments), arguments.command_line, console)
