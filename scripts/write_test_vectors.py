@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes docs/guides/test-vectors.json: inputs and the bits that every implementation of the contract returns.
 
-The numbers come from tests/python/helpers/oracle.py, the contract in plain NumPy; nothing of BitLab takes part.
+The numbers come from oracle.py and layer_oracle.py in tests/python/helpers, the contract in plain NumPy; nothing of
+BitLab takes part.
 docs/guides/porting.md describes the file.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "python" / "helpers"))
 
+import layer_oracle  # noqa: E402
 import oracle  # noqa: E402
+from language_model_oracle import scaling_of  # noqa: E402
 from oracle import Floats, Schema  # noqa: E402
 
 FILE = ROOT / "docs" / "guides" / "test-vectors.json"
@@ -89,6 +93,85 @@ def linear_vector(name: str, x: Floats, weight: Floats, bias: Floats | None, sch
     }
 
 
+def function_vector(name: str, function: Callable[[Floats], Floats], inputs: Sequence[float]) -> dict[str, Any]:
+    """A function of one float32, element by element."""
+    x = np.array(inputs, np.float64).astype(np.float32)
+    return {"name": name, "x": hex_bits(x), "y": hex_bits(function(x))}
+
+
+def function_vectors() -> list[dict[str, Any]]:
+    """exp and what is made of it: ordinary values, and both sides of every branch."""
+    below_half, below_one = 0.625 - 2.0**-24, 1 - 2.0**-24
+    ends = [np.inf, -np.inf, np.nan]
+    of_exp = [0.0, -0.0, 1, -1, 0.34657359, -0.34657359, 1e-6, -0.1, 2, -3.25, -5.75, -8.5, 10, -20.5, -50]
+    bounds = [-87, -87 - 2.0**-17, 88, 88.72, 88.72 + 2.0**-17]
+    others = [
+        0.0,
+        -0.0,
+        1e-40,
+        1e-10,
+        0.1,
+        -0.3,
+        0.5,
+        below_half,
+        -0.625,
+        below_one,
+        1,
+        -1.5,
+        2,
+        -3,
+        3.9,
+        -8,
+        12.5,
+        -88,
+    ]
+    functions = {
+        "erf": layer_oracle.erf,
+        "tanh": layer_oracle.tanh,
+        "silu": layer_oracle.silu,
+        "relu2": layer_oracle.relu2,
+        "gelu": layer_oracle.gelu,
+        "gelu_tanh": layer_oracle.gelu_tanh,
+    }
+    return [
+        function_vector("exp", layer_oracle.exp, of_exp + bounds + ends),
+        *(function_vector(name, function, others + ends) for name, function in functions.items()),
+    ]
+
+
+def rotation_vector(name: str, theta: float, limit: int, **parameters: Any) -> dict[str, Any]:
+    """The tables of four pairs at some positions of a model of 4,096. `parameters` are those of config.json."""
+    head_dim, positions, most = 8, [0, 1, 77, 4095], 4096
+    scaling = scaling_of(parameters)
+    cosines, sines = layer_oracle.rotary_tables(positions, head_dim, theta, scaling, limit, most)
+    return {
+        "name": name,
+        "head_dim": head_dim,
+        "max_position_embeddings": most,
+        "context_limit": limit,
+        "rope_parameters": {"rope_theta": theta, **parameters},
+        "positions": positions,
+        "cosines": hex_bits(cosines),
+        "sines": hex_bits(sines),
+    }
+
+
+def rotation_vectors() -> list[dict[str, Any]]:
+    """Every scaling; longrope with both of its lists."""
+    original = {"original_max_position_embeddings": 1024}
+    llama3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original}
+    yarn = {"factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, **original}
+    longrope = {"short_factor": [1.0, 1.05, 1.25, 1.5], "long_factor": [1.0, 1.75, 3.5, 7.25], **original}
+    return [
+        rotation_vector("default", 10000.0, 4096, rope_type="default"),
+        rotation_vector("linear", 10000.0, 4096, rope_type="linear", factor=2.0),
+        rotation_vector("llama3", 10000.0, 4096, rope_type="llama3", **llama3),
+        rotation_vector("yarn", 1000000.0, 4096, rope_type="yarn", **yarn),
+        rotation_vector("longrope, short", 10000.0, 1024, rope_type="longrope", **longrope),
+        rotation_vector("longrope, long", 10000.0, 1025, rope_type="longrope", **longrope),
+    ]
+
+
 def vectors() -> dict[str, Any]:
     """The whole file."""
     per_tensor, per_channel = Schema(), Schema("per_channel", "int8", "per_channel")
@@ -134,13 +217,15 @@ def vectors() -> dict[str, Any]:
             ),
             linear_vector("floors of the scales of groups", tiny, tiny, None, grouped),
         ],
+        "functions": function_vectors(),
+        "rotations": rotation_vectors(),
     }
 
 
 def text() -> str:
-    """JSON, a row of codes on a line."""
+    """JSON, a row of numbers on a line."""
     compact = re.sub(
-        r"\[\s+((?:-?\d+,\s+)*-?\d+)\s+\]",
+        r"\[\s+((?:-?[\d.]+,\s+)*-?[\d.]+)\s+\]",
         lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]",
         json.dumps(vectors(), indent=1),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import oracle
 from bitcore.config import BitQuantConfig
 from bitcore.kernels import KernelRegistry
 from bitcore.ops import base, bitlinear
+from bitmodels.native_model import Sampler, Sampling
 from support import INT8_KERNELS, TORCH_DTYPES, assert_same_bits, to_array
 from write_test_vectors import FILE, hex_bits, made, text
 
 VECTORS: dict[str, list[dict[str, Any]]] = json.loads(FILE.read_text())
 LINEARS = VECTORS["linears"]
+FUNCTIONS = {vector["name"]: vector for vector in VECTORS["functions"]}
 
 
 def floats(bits: str) -> oracle.Floats:
@@ -98,3 +101,62 @@ def test_outputs_of_every_kernel(vector: dict[str, Any], name: str) -> None:
                 with torch.autocast("cpu", TORCH_DTYPES[dtype]):
                     y = bitlinear.forward(x, None, scale, qweight, bias, config)
                 assert_same_bits(y, floats(vector["y"][dtype]).reshape(-1, n), dtype)
+
+
+# --- functions of language models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exp", "erf", "tanh"])
+def test_functions_are_within_two_units_in_the_last_place(name: str) -> None:
+    """But where exp is cut off."""
+    for x, y in zip(floats(FUNCTIONS[name]["x"]), floats(FUNCTIONS[name]["y"]), strict=True):
+        if name == "exp" and x < -87:
+            assert y == 0
+        elif name == "exp" and x > np.float32(88.72):
+            assert y == np.inf
+        elif np.isnan(x):
+            assert np.isnan(y)
+        else:
+            truth = getattr(math, name)(float(x))
+            assert abs(float(y) - truth) <= 2 * float(np.spacing(np.abs(y)))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_have_ordinary_and_special_inputs(name: str) -> None:
+    x, y = floats(FUNCTIONS[name]["x"]), floats(FUNCTIONS[name]["y"])
+    assert len(x) == len(y)
+    assert np.count_nonzero(np.isfinite(x)) >= 12
+    assert {0.0, np.inf, -np.inf} < set(x[~np.isnan(x)].tolist())
+    assert np.isnan(y[np.isnan(x)]).all()
+
+
+@pytest.mark.parametrize("vector", VECTORS["rotations"], ids=lambda vector: vector["name"])
+def test_rotations_are_turns(vector: dict[str, Any]) -> None:
+    """Squares of cosine and sine add up to that of the scaling's factor; at position 0 there is only that."""
+    shape = len(vector["positions"]), vector["head_dim"] // 2
+    cosines, sines = (floats(vector[name]).astype(np.float64).reshape(shape) for name in ("cosines", "sines"))
+    assert (cosines[0] == cosines[0, 0]).all()
+    assert (sines[0] == 0).all()
+    np.testing.assert_allclose(np.hypot(cosines, sines), cosines[0, 0], rtol=1e-7)
+    assert (cosines[0, 0] == 1) == (vector["rope_parameters"]["rope_type"] in ("default", "linear", "llama3"))
+
+
+def some_are_kept(x: np.float32, count: int, min_p: np.float32) -> bool:
+    """Whether a sampler keeps `count` tokens of logit x beside one of logit 0, whose weight is 1."""
+    logits = np.full(count + 1, x, np.float32)
+    logits[0] = 0
+    sampler = Sampler(Sampling(temperature=1.0, min_p=float(min_p), seed=3), count + 1)
+    return any(sampler.sample(logits.copy()) != 0 for _ in range(12))
+
+
+def test_exp_of_the_engine() -> None:
+    """min_p compares with exp's result. Results above 1 and tiny ones do not show in what is drawn."""
+    tried = 0
+    for x, y in zip(floats(FUNCTIONS["exp"]["x"]), floats(FUNCTIONS["exp"]["y"]), strict=True):
+        if not -9 < x < -1e-3:
+            continue
+        tried += 1
+        count = math.ceil(4 / float(y))
+        assert some_are_kept(x, count, y)
+        assert not some_are_kept(x, count, np.nextafter(y, np.float32(1)))
+    assert tried == 6
