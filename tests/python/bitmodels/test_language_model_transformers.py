@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
+import tarfile
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-import bitlayers.transformers  # noqa: F401 (makes "bitlab" known to from_pretrained)
+import bitlayers.transformers  # makes "bitlab" known to from_pretrained
 from bitmodels import LanguageModel
 from bitmodels.checkpoints import convert_checkpoint
 from bitmodels.native_model import Append
@@ -77,3 +81,33 @@ def test_perplexity(both: tuple[LanguageModel, Any]) -> None:
         ids = torch.tensor([IDS])
         expected = float(theirs(ids, labels=ids).loss)
     assert np.log(ours.perplexity(IDS, cache="float32")) == pytest.approx(expected, rel=1e-3)
+
+
+def source_text() -> bytes:
+    """Of Python's own library."""
+    return b"".join(Path(str(module.__file__)).read_bytes() for module in (argparse, inspect, tarfile, typing))
+
+
+def test_a_trained_model_on_real_text(tmp_path: Path) -> None:
+    """Bytes are tokens; perplexity of held-out text is equal to four digits."""
+    torch.manual_seed(0)
+    text = torch.frombuffer(bytearray(source_text()), dtype=torch.uint8).long()
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=256)
+    model = bitlayers.convert(AutoModelForCausalLM.from_config(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    held_out, training = text[:2048], text[4096:]
+    for _ in range(60):
+        begins = torch.randint(len(training) - 96, (12,))
+        batch = torch.stack([training[begin : begin + 96] for begin in begins])
+        optimizer.zero_grad()
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+    bitlayers.deploy(model).save_pretrained(tmp_path)
+    with torch.inference_mode():
+        losses = [float(model(part[None], labels=part[None]).loss) for part in held_out.split(256)]
+    expected = float(np.exp(np.mean(losses)))
+    ours = LanguageModel.open(tmp_path)
+    assert expected < 30  # It has learned something: at first it is 256.
+    for cache, digits in (("float32", 1e-4), ("float16", 3e-4), ("int8", 5e-3)):
+        assert ours.perplexity(held_out.tolist(), window=256, cache=cache) == pytest.approx(expected, rel=digits)
