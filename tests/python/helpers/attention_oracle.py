@@ -1,8 +1,8 @@
 """Attention over a cache in blocks of 256 positions, in plain NumPy: the contract's text, not the engine's code.
 
-Nothing of BitLab is imported. Arrays are float32 unless said otherwise; every operation on them is one rounding. A
-cache row is what the cache's form keeps of a key or value: float32 values (of the float16 that was stored, too), or
-int8 codes with a scale.
+Nothing of BitLab is imported; sums in lanes, fma and exp are those of `layer_oracle`. Arrays are float32 unless said
+otherwise; every operation on them is one rounding. A cache row is what the cache's form keeps of a key or value: float32
+values (of the float16 that was stored, too), or int8 codes with a scale.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from layer_oracle import dot, exp, fma
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -21,51 +23,6 @@ BLOCK = 256
 LANES = 16
 FORMS = ("float32", "float16", "int8")
 
-_LOG2E = np.float32(float.fromhex("0x1.715476p+0"))
-_SHIFT = np.float32(12582912.0)  # 1.5 * 2^23
-_LN2_HIGH = np.float32(float.fromhex("0x1.62e43p-1"))
-_LN2_LOW = np.float32(float.fromhex("-0x1.05c61p-29"))
-_COEFFICIENTS = [
-    np.float32(float.fromhex(c))
-    for c in ("0x1.6a4ecep-10", "0x1.12399cp-7", "0x1.5558bp-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p+0", "0x1p+0")
-]
-"""From the highest power down to the constant."""
-
-
-def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> Floats:
-    """a * b + c rounded once to float32.
-
-    The product of two float32 is exact in float64. The sum is rounded to odd there: if it is inexact, the neighbour
-    whose last bit is 1 stands for it, and rounding that to float32 gives what rounding the exact sum would.
-    """
-    with np.errstate(all="ignore"):
-        product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
-        addend = np.asarray(c, np.float64)
-        product, addend = np.broadcast_arrays(product, addend)
-        total = product + addend
-        part = total - product
-        error = (product - (total - part)) + (addend - part)
-        even = (total.view(np.int64) & 1) == 0
-        to_odd = np.isfinite(total) & np.isfinite(error) & (error != 0) & even
-        target = np.where(error > 0, np.inf, -np.inf)
-        return np.where(to_odd, np.nextafter(total, target), total).astype(np.float32)
-
-
-def exp(x: npt.ArrayLike) -> Floats:
-    """The engine's own exp, operation by operation."""
-    values = np.asarray(x, np.float32)
-    with np.errstate(all="ignore"):
-        inside = (values >= np.float32(-87)) & (values <= np.float32(88.72))
-        safe = np.where(inside, values, np.float32(0))
-        n = fma(safe, _LOG2E, _SHIFT) - _SHIFT
-        r = fma(n, -_LN2_LOW, fma(n, -_LN2_HIGH, safe))
-        p = np.full_like(safe, _COEFFICIENTS[0])
-        for coefficient in _COEFFICIENTS[1:]:
-            p = fma(p, r, coefficient)
-        scaled = np.ldexp(p, n.astype(np.int32)).astype(np.float32)
-        outside = np.where(values < 0, np.float32(0), np.float32(np.inf))
-        return np.where(np.isnan(values), values, np.where(inside, scaled, outside)).astype(np.float32)
-
 
 def _fold(lanes: Floats) -> Floats:
     """Sums over the last axis, of 16 lanes: 16 to 8, 4, 2, 1."""
@@ -74,15 +31,6 @@ def _fold(lanes: Floats) -> Floats:
             half = lanes.shape[-1] // 2
             lanes = lanes[..., :half] + lanes[..., half:]
     return lanes[..., 0]
-
-
-def dot(a: Floats, b: Floats) -> Floats:
-    """Over the last axis: element i goes to lane i mod 16, each lane is fma(a_i, b_i, lane) in order, from 0."""
-    a, b = np.broadcast_arrays(a, b)
-    lanes = np.zeros((*a.shape[:-1], LANES), np.float32)
-    for i in range(a.shape[-1]):
-        lanes[..., i % LANES] = fma(a[..., i], b[..., i], lanes[..., i % LANES])
-    return _fold(lanes)
 
 
 def lane_sum(values: Floats) -> Floats:

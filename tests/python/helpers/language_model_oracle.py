@@ -218,12 +218,12 @@ def attend_block(q: Floats, keys: attention_oracle.Rows, values: attention_oracl
         scores = scores if keys.scales is None else scores * keys.scales
         scores = np.where(seen, scores * scale, f32(-np.inf))
         largest = scores.max(axis=-1) + f32(0)  # NaN where one is; +0 for either zero
-        weights = np.where(seen, attention_oracle.exp(scores - largest[..., None]), f32(0))
+        weights = np.where(seen, layer_oracle.exp(scores - largest[..., None]), f32(0))
         total = attention_oracle.lane_sum(weights)  # + 0 changes no lane: none is -0
         weights = weights if values.scales is None else weights * values.scales
     output: Floats = np.zeros(q.shape, np.float32)
     for j in range(positions):  # Queries before j do not see it.
-        output[j:] = attention_oracle.fma(weights[j:, :, j, None], values.elements[j], output[j:])
+        output[j:] = layer_oracle.fma(weights[j:, :, j, None], values.elements[j], output[j:])
     return largest, total, output
 
 
@@ -231,6 +231,6 @@ def merged(before: Partial, now: Partial) -> Partial:
     """The result of the blocks before and that of one more."""
     with np.errstate(all="ignore"):
         largest = np.maximum(before[0], now[0])
-        a, c = attention_oracle.exp(before[0] - largest), attention_oracle.exp(now[0] - largest)
+        a, c = layer_oracle.exp(before[0] - largest), layer_oracle.exp(now[0] - largest)
         output = before[2] * a[..., None] + now[2] * c[..., None]
         return largest, before[1] * a + now[1] * c, output
