@@ -6,6 +6,7 @@
 
 #include "fuzz/support.h"
 #include "layouts.h"
+#include "tiny_model.h"
 
 namespace bitcore::fuzz {
 namespace {
@@ -72,6 +73,28 @@ void write_configs(const fs::path& directory) {
   }
 }
 
+// As model_config_fuzzer.cc reads it: a whole config of each architecture, and what replaces keys of one.
+void write_model_configs(const fs::path& directory) {
+  char base = '0';
+  for (const auto& model : bitmodels::testing::tiny_models()) {
+    write(directory / model.architecture, bitmodels::testing::config_json(model));
+    write(directory / (model.architecture + "-same"), std::string(1, base) + "{}");
+    write(directory / (model.architecture + "-linear"),
+          base + std::string(R"({"rope_parameters":{"rope_type":"linear","factor":2}})"));
+    write(directory / (model.architecture + "-theta"),
+          base + std::string(R"({"rope_parameters":{"rope_theta":500000}})"));
+    write(directory / (model.architecture + "-quantization"),
+          base + std::string(R"({"quantization_config":{"activation_dtype":"float32","modules":{}}})"));
+    write(directory / (model.architecture + "-sizes"),
+          base + std::string(R"({"num_attention_heads":2,"head_dim":32})"));
+    ++base;
+  }
+  write(directory / "without", R"(0{"head_dim":null,"hidden_act":null,"eos_token_id":7,"mlp_bias":null})");
+  write(directory / "yarn", R"(1{"rope_parameters":{"attention_factor":1.5,"beta_fast":16,"beta_slow":2,"mscale":0.7,)"
+                            R"("mscale_all_dim":0.7,"truncate":false}})");
+  write(directory / "multipliers", R"(3{"embedding_multiplier":3,"logits_scaling":0.5,"attention_multiplier":1})");
+}
+
 }  // namespace
 }  // namespace bitcore::fuzz
 
@@ -84,4 +107,5 @@ int main(int argc, char** argv) {
   bitcore::fuzz::write_qweights(directory / "qweight");
   bitcore::fuzz::write_files(directory / "safetensors");
   bitcore::fuzz::write_configs(directory / "config");
+  bitcore::fuzz::write_model_configs(directory / "model_config");
 }

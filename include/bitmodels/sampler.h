@@ -29,8 +29,8 @@ struct SamplingParameters {
 class Sampler {
  public:
   /// @throws QuantizationError for a parameter out of its range: repetition_penalty and temperature negative, top_p
-  ///     outside of (0, 1], min_p outside of [0, 1], penalties and biases that are not finite, a token that does not
-  ///     exist.
+  ///     outside of (0, 1], min_p outside of [0, 1], penalties that are not finite, a bias that is NaN, a token that
+  ///     does not exist, a vocab_size below 1.
   Sampler(SamplingParameters parameters, std::int64_t vocab_size);
 
   /// Tokens that stand before the answer: repetition_penalty counts them.

@@ -16,6 +16,9 @@ using bitlayers::RotaryScaling;
 
 constexpr std::int64_t kMostSize = std::numeric_limits<std::int32_t>::max();
 
+// Up to which angles of the rotation are exact enough.
+constexpr std::int64_t kMostPositions = std::int64_t{1} << 24;
+
 // A class of transformers that computes as the decoder does, and what is fixed in it.
 struct Architecture {
   std::string_view model_type;
@@ -48,9 +51,10 @@ class Object {
     if (!value.is_number() || !std::isfinite(value.get<double>())) wrong(key, "a number");
     return value.get<double>();
   }
+  // A normal number, as a float32, too.
   double positive(const char* key) const {
     const double value = number(key);
-    if (!(value > 0)) wrong(key, "a positive number");
+    if (!(value > 0) || !std::isnormal(static_cast<float>(value))) wrong(key, "a positive number");
     return value;
   }
   double positive(const char* key, double otherwise) const { return has(key) ? positive(key) : otherwise; }
@@ -148,6 +152,7 @@ void read_longrope(const Object& rope, std::int64_t head_dim, RotaryScaling& sca
 void read_rope(const Object& config, DecoderConfig& decoder) {
   const Object rope = config.object("rope_parameters");
   decoder.rope_theta = rope.positive("rope_theta");
+  if (decoder.rope_theta <= 1) rope.wrong("rope_theta", "a number above 1");
   require_known_keys(rope, {"rope_type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor",
                             "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
                             "mscale_all_dim", "truncate", "short_factor", "long_factor"});
@@ -259,6 +264,7 @@ void read_sizes(const Object& config, DecoderConfig& decoder) {
   info.num_key_value_heads = config.has("num_key_value_heads") ? config.size("num_key_value_heads") : info.num_heads;
   info.head_dim = config.has("head_dim") ? config.size("head_dim") : info.hidden_size / info.num_heads;
   info.max_position_embeddings = config.size("max_position_embeddings");
+  if (info.max_position_embeddings > kMostPositions) config.wrong("max_position_embeddings", "at most 16777216");
   decoder.intermediate_size = config.size("intermediate_size");
   if (info.head_dim < 2 || info.head_dim % 2 != 0) {
     fail_file(config.path(), "head_dim is ", info.head_dim, ", expected an even number");

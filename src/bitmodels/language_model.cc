@@ -71,28 +71,53 @@ Model::Model(Decoder loaded, std::string kernel_name)
       kernel(std::move(kernel_name)),
       functions(bitlayers::layer_functions(path_of(decoder, kernel))),
       attention(bitlayers::attention_functions(path_of(decoder, kernel))),
-      shapes(shapes_of(decoder)) {}
+      shapes(shapes_of(decoder)) {
+  if (kernel.empty()) return;
+  for (const BitLinear* layer : shapes) bitcore::KernelRegistry::get_kernel_by_name(kernel, layer->config());
+}
 
 namespace {
 
-// Takes the sessions of a call for one thread, and gives them back.
+void take(SessionState& session) {
+  if (session.busy.exchange(true, std::memory_order_acquire)) {
+    throw bitcore::StateError("session is in use by another thread (or twice in one call)");
+  }
+}
+
+void give_back(SessionState& session) noexcept { session.busy.store(false, std::memory_order_release); }
+
+// Takes a session for one thread, and gives it back.
 class Use {
  public:
-  void add(SessionState& session) {
-    if (session.busy.exchange(true, std::memory_order_acquire)) {
-      throw bitcore::StateError("session is in use by another thread (or twice in one call)");
-    }
-    sessions_.push_back(&session);
-  }
-  Use() = default;
+  explicit Use(SessionState& session) : session_(session) { take(session); }
+  ~Use() { give_back(session_); }
   Use(const Use&) = delete;
   Use& operator=(const Use&) = delete;
-  ~Use() {
-    for (SessionState* session : sessions_) session->busy.store(false, std::memory_order_release);
+
+ private:
+  SessionState& session_;
+};
+
+// The same for the sessions of a call. Room for all of them is made first: nothing fails once one is taken.
+class Uses {
+ public:
+  Uses(std::vector<SessionState*>& sessions, std::size_t count) : sessions_(sessions) {
+    sessions_.clear();
+    sessions_.reserve(count);
+  }
+  ~Uses() {
+    for (SessionState* session : sessions_) give_back(*session);
+    sessions_.clear();
+  }
+  Uses(const Uses&) = delete;
+  Uses& operator=(const Uses&) = delete;
+  void add(SessionState& session) {
+    take(session);
+    sessions_.push_back(&session);
   }
 
  private:
-  std::vector<SessionState*> sessions_;
+  std::vector<SessionState*>& sessions_;
 };
 
 // A workspace of the pool, for as long as a call runs.
@@ -232,8 +257,7 @@ CacheForm Session::cache() const {
 }
 
 void Session::truncate(std::int64_t position) {
-  detail::Use use;
-  use.add(*state_);
+  const detail::Use use(*state_);
   if (position < 0 || position > state_->position) {
     bitcore::fail("position is ", position, ", expected 0 to ", state_->position);
   }
@@ -242,8 +266,7 @@ void Session::truncate(std::int64_t position) {
 }
 
 Session Session::fork() const {
-  detail::Use use;
-  use.add(*state_);
+  const detail::Use use(*state_);
   auto state = std::make_unique<SessionState>(state_->model, state_->context_limit, state_->rotary, state_->cache);
   state->position = state_->position;
   return Session(std::move(state));
@@ -281,21 +304,20 @@ Session LanguageModel::new_session(const SessionOptions& options) const {
 }
 
 bool LanguageModel::forward(std::span<const Input> inputs, const ForwardOptions& options) const {
-  detail::Use use;
-  std::vector<SessionState*> sessions;
+  detail::Borrowed workspace(model_->workspaces);
+  std::vector<SessionState*>& sessions = (*workspace).sessions;
+  detail::Uses uses(sessions, inputs.size());
   for (const Input& input : inputs) {
     if (input.session == nullptr) bitcore::fail("session is null");
     SessionState& session = *input.session->state_;
     if (session.model != model_) bitcore::fail("session is of another model");
-    use.add(session);
+    uses.add(session);
     detail::check_input(input, session, info());
-    sessions.push_back(&session);
   }
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     const auto count = static_cast<std::int64_t>(inputs[i].tokens.size());
     sessions[i]->cache.reserve(sessions[i]->position, sessions[i]->position + count);
   }
-  detail::Borrowed workspace(model_->workspaces);
   if (!detail::Passes(*model_, inputs, sessions, options, *workspace).run()) return false;
   for (std::size_t i = 0; i < inputs.size(); ++i) {
     sessions[i]->position += static_cast<std::int64_t>(inputs[i].tokens.size());

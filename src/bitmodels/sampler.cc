@@ -40,10 +40,10 @@ void apply_mask(std::span<float> logits, std::span<const std::uint32_t> mask) {
 
 }  // namespace
 
-Sampler::Sampler(SamplingParameters parameters, std::int64_t vocab_size)
-    : parameters_(std::move(parameters)),
-      counts_(static_cast<std::size_t>(vocab_size)),
-      seen_(static_cast<std::size_t>(vocab_size)) {
+Sampler::Sampler(SamplingParameters parameters, std::int64_t vocab_size) : parameters_(std::move(parameters)) {
+  if (vocab_size < 1) bitcore::fail("vocab_size is ", vocab_size, ", expected at least 1");
+  counts_.resize(static_cast<std::size_t>(vocab_size));
+  seen_.resize(static_cast<std::size_t>(vocab_size));
   check(parameters_);
   for (const auto& [token, bias] : parameters_.logit_bias) check_token(token);
 }
@@ -63,10 +63,10 @@ void Sampler::see(std::span<const Token> tokens) {
 
 Token Sampler::sample(std::span<float> logits, std::span<const std::uint32_t> mask) {
   if (logits.size() != counts_.size()) bitcore::fail("logits has ", logits.size(), ", expected ", counts_.size());
-  for (const float logit : logits) {
+  penalize(logits);
+  for (const float logit : logits) {  // Or one that is infinite, with the opposite bias.
     if (std::isnan(logit)) bitcore::fail("logits has a NaN");
   }
-  penalize(logits);
   apply_mask(logits, mask);
   const Token token = parameters_.temperature == 0 ? greedy(logits) : draw(logits);
   ++counts_[static_cast<std::size_t>(token)];

@@ -16,13 +16,18 @@ std::byte* Workspace::at_least(std::size_t bytes) {
 
 std::unique_ptr<Workspace> WorkspacePool::take() {
   const std::lock_guard lock(mutex_);
-  if (free_.empty()) return std::make_unique<Workspace>();
+  if (free_.empty()) {
+    auto workspace = std::make_unique<Workspace>();
+    free_.reserve(made_ + 1);  // Now, because give_back() must not fail.
+    ++made_;
+    return workspace;
+  }
   std::unique_ptr<Workspace> workspace = std::move(free_.back());
   free_.pop_back();
   return workspace;
 }
 
-void WorkspacePool::give_back(std::unique_ptr<Workspace> workspace) {
+void WorkspacePool::give_back(std::unique_ptr<Workspace> workspace) noexcept {
   const std::lock_guard lock(mutex_);
   free_.push_back(std::move(workspace));
 }

@@ -38,6 +38,7 @@ struct AttentionUnit {
 /// What a call needs for as long as it runs. Its parts only grow, so that calls soon allocate nothing.
 class Workspace {
  public:
+  std::vector<SessionState*> sessions;
   std::vector<Segment> segments;
   std::vector<LogitRow> logits;
   std::vector<AttentionUnit> units;
@@ -54,11 +55,12 @@ class Workspace {
 class WorkspacePool {
  public:
   std::unique_ptr<Workspace> take();
-  void give_back(std::unique_ptr<Workspace> workspace);
+  void give_back(std::unique_ptr<Workspace> workspace) noexcept;
 
  private:
   std::mutex mutex_;
   std::vector<std::unique_ptr<Workspace>> free_;
+  std::size_t made_ = 0;  // free_ has room for all of them
 };
 
 }  // namespace bitmodels::detail
