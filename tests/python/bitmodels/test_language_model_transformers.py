@@ -92,9 +92,14 @@ def test_a_trained_model_on_real_text(tmp_path: Path) -> None:
     """Bytes are tokens; perplexity of held-out text is equal to four digits."""
     torch.manual_seed(0)
     text = torch.frombuffer(bytearray(source_text()), dtype=torch.uint8).long()
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.LlamaConfig(**sizes, vocab_size=256, max_position_embeddings=256)
-    model = bitlayers.convert(AutoModelForCausalLM.from_config(config))
+    model: Any = bitlayers.convert(AutoModelForCausalLM.from_config(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     held_out, training = text[:2048], text[4096:]
     for _ in range(60):
@@ -109,5 +114,6 @@ def test_a_trained_model_on_real_text(tmp_path: Path) -> None:
     expected = float(np.exp(np.mean(losses)))
     ours = LanguageModel.open(tmp_path)
     assert expected < 30  # It has learned something: at first it is 256.
-    for cache, digits in (("float32", 1e-4), ("float16", 3e-4), ("int8", 5e-3)):
+    caches: tuple[tuple[Any, float], ...] = (("float32", 1e-4), ("float16", 3e-4), ("int8", 5e-3))
+    for cache, digits in caches:
         assert ours.perplexity(held_out.tolist(), window=256, cache=cache) == pytest.approx(expected, rel=digits)

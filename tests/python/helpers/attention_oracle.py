@@ -1,8 +1,8 @@
 """Attention over a cache in blocks of 256 positions, in plain NumPy: the contract's text, not the engine's code.
 
 Nothing of BitLab is imported; sums in lanes, fma and exp are those of `layer_oracle`. Arrays are float32 unless said
-otherwise; every operation on them is one rounding. A cache row is what the cache's form keeps of a key or value: float32
-values (of the float16 that was stored, too), or int8 codes with a scale.
+otherwise; every operation on them is one rounding. A cache row is what the cache's form keeps of a key or value:
+float32 values (of the float16 that was stored, too), or int8 codes with a scale.
 """
 
 from __future__ import annotations
