@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from os import PathLike, fspath
+from os import PathLike, fsencode
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -187,7 +187,7 @@ class NativeModel:
         self, directory: str | PathLike[str], kernel: str | None, threads: int, map_weights: bool, check: bool
     ) -> None:
         name = None if kernel is None else kernel.encode()
-        path = fspath(directory).encode()
+        path = fsencode(directory)
         self._handle = _Handle("model", "bitlab_model_open", path, int(map_weights), int(check), name)
         self._pool = _Handle("pool", "bitlab_pool_new", threads) if threads else None
         info = _Info()

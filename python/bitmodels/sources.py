@@ -62,7 +62,12 @@ def model_directory(
     target = cache_directory() / "models" / _key(path)
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
-        conversion = convert_checkpoint(path, target, progress=progress)
+        try:
+            conversion = convert_checkpoint(path, target, progress=progress)
+        except FileError:
+            if not target.is_dir():
+                raise
+            return target  # Another process has just converted it.
         if converted is not None:
             converted(conversion)
     return target

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -205,14 +206,22 @@ def _clean(message: Message) -> dict[str, Any]:
     """As templates expect it: no None, parts of text joined, arguments of tool calls as objects."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise QuantizationError(f"messages has {message!r:.80}, expected objects with a role")
-    cleaned = {key: value for key, value in message.items() if value is not None}
+    cleaned = {key: deepcopy(value) for key, value in message.items() if value is not None}
     if isinstance(content := cleaned.get("content"), list):
         cleaned["content"] = "\n".join(part["text"] for part in content if part.get("type") == "text")
     for call in cleaned.get("tool_calls") or ():
         function = call.get("function", {})
         if isinstance(function.get("arguments"), str):
-            function["arguments"] = json.loads(function["arguments"] or "{}")
+            function["arguments"] = _arguments(function["arguments"])
     return cleaned
+
+
+def _arguments(text: str) -> Any:
+    """Of a tool call, which some write as a text."""
+    try:
+        return json.loads(text or "{}")
+    except ValueError as error:
+        raise QuantizationError(f"messages: the arguments of a tool call are no JSON: {text!r:.80}") from error
 
 
 class _Generation(Extension):

@@ -276,14 +276,21 @@ class Pass {
   // ---- attention
   // -------------------------------------------------------------------------------------------------------
 
-  // The units of attention are the same in every layer.
+  // The units of attention are the same in every layer. Where there are few, the blocks of long contexts are units of
+  // their own.
   void plan_attention() {
     units_.clear();
-    for (const Segment& segment : segments_) {
+    const bool few = static_cast<std::int64_t>(segments_.size()) * info_.num_key_value_heads < 4 * threads_;
+    std::int64_t split_rows = 0;
+    for (Segment& segment : segments_) {
       const auto rows = static_cast<std::int64_t>(segment.tokens.size());
-      const std::int64_t blocks = bitcore::ceil_div(segment.position + rows, kBlockPositions);
-      const bool split = threads_ > 1 && rows <= kSplitRows && blocks > 2;
-      if (split) most_blocks_ = std::max(most_blocks_, blocks);
+      const std::int64_t blocks = blocks_of(segment);
+      const bool split = few && threads_ > 1 && rows <= kSplitRows && blocks > 2;
+      if (split) {
+        segment.split_row = split_rows;
+        split_rows += rows;
+        most_blocks_ = std::max(most_blocks_, blocks);
+      }
       for (std::int64_t head = 0; head < info_.num_key_value_heads; ++head) {
         for (std::int64_t row = 0; row < rows; row += kUnitRows) {
           const std::int64_t count = std::min(kUnitRows, rows - row);
@@ -294,7 +301,12 @@ class Pass {
         }
       }
     }
-    split_partials_ = most_blocks_ * rows_ * info_.num_heads;
+    split_partials_ = most_blocks_ * split_rows * info_.num_heads;
+  }
+
+  // That its last row sees.
+  static std::int64_t blocks_of(const Segment& segment) {
+    return bitcore::ceil_div(segment.position + static_cast<std::int64_t>(segment.tokens.size()), kBlockPositions);
   }
 
   void attention(std::int64_t layer) {
@@ -403,7 +415,7 @@ class Pass {
     }
   }
 
-  // Of a query's result of one block: o, m, l.
+  // Of a query's result of one block: o, m, l. `row` counts the rows that are split.
   float* partial_of(std::int64_t row, std::int64_t head, std::int64_t block) const {
     return b_->partials + ((row * info_.num_heads + head) * most_blocks_ + block) * (info_.head_dim + 2);
   }
@@ -416,7 +428,7 @@ class Pass {
     call.largest = memory.largest;
     call.sum = memory.sum;
     const auto partial = [&](std::int64_t query) {
-      return partial_of(u.segment->first_row + u.row + first + query / group_, u.head * group_ + query % group_,
+      return partial_of(u.segment->split_row + u.row + first + query / group_, u.head * group_ + query % group_,
                         u.block);
     };
     for (std::int64_t query = 0; query < call.queries; ++query) memory.out[query] = partial(query);
@@ -428,19 +440,18 @@ class Pass {
   }
 
   void merge_blocks(const Segment& segment) {
+    if (segment.split_row < 0) return;
     const auto rows = static_cast<std::int64_t>(segment.tokens.size());
-    const std::int64_t blocks = bitcore::ceil_div(segment.position + rows, kBlockPositions);
-    if (rows > kSplitRows || blocks <= 2) return;
     const std::int64_t dim = info_.head_dim;
     for (std::int64_t i = 0; i < rows * info_.num_heads; ++i) {
-      const std::int64_t row = segment.first_row + i / info_.num_heads, head = i % info_.num_heads;
-      float* const out = b_->x + (row * info_.num_heads + head) * dim;
-      const float* first = partial_of(row, head, 0);
+      const std::int64_t row = i / info_.num_heads, head = i % info_.num_heads;
+      float* const out = b_->x + ((segment.first_row + row) * info_.num_heads + head) * dim;
+      const float* first = partial_of(segment.split_row + row, head, 0);
       std::copy_n(first, dim, out);
       float largest = first[dim], sum = first[dim + 1];
-      const std::int64_t seen = (segment.position + i / info_.num_heads) / kBlockPositions + 1;
+      const std::int64_t seen = (segment.position + row) / kBlockPositions + 1;
       for (std::int64_t block = 1; block < seen; ++block) {
-        const float* const next = partial_of(row, head, block);
+        const float* const next = partial_of(segment.split_row + row, head, block);
         model_.attention.merge(next[dim], next[dim + 1], next, dim, &largest, &sum, out);
       }
       model_.attention.finish(sum, dim, out);
@@ -491,7 +502,7 @@ class Pass {
   const LanguageModelInfo& info_;
   const DecoderConfig& config_;
   const bitlayers::LayerFunctions& f_;
-  const std::vector<Segment>& segments_;
+  std::vector<Segment>& segments_;
   const std::vector<LogitRow>& logits_;
   std::vector<AttentionUnit>& units_;
   bitcore::Executor& executor_;

@@ -184,7 +184,7 @@ class Passes {
     const Input& input = inputs_[index];
     SessionState& session = *sessions_[index];
     const auto tokens = input.tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
-    workspace_.segments.push_back({&session, tokens, session.position + first, rows_});
+    workspace_.segments.push_back({&session, tokens, session.position + first, rows_, -1});
     const auto count = static_cast<std::int64_t>(input.tokens.size());
     for (std::int64_t row = 0; row < rows; ++row) {
       const bool is_last = first + row == count - 1;

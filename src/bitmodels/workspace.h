@@ -16,8 +16,9 @@ namespace bitmodels::detail {
 struct Segment {
   SessionState* session;
   std::span<const Token> tokens;
-  std::int64_t position;   ///< Of the first one.
-  std::int64_t first_row;  ///< Of the pass.
+  std::int64_t position;        ///< Of the first one.
+  std::int64_t first_row;       ///< Of the pass.
+  std::int64_t split_row = -1;  ///< Of those rows whose blocks are units of their own; -1: it has none.
 };
 
 /// A row whose logits are asked for.

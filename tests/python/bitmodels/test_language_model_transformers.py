@@ -108,7 +108,8 @@ def test_a_trained_model_on_real_text(tmp_path: Path) -> None:
         optimizer.zero_grad()
         model(batch, labels=batch).loss.backward()
         optimizer.step()
-    bitlayers.deploy(model).save_pretrained(tmp_path)
+    bitlayers.deploy(model)
+    model.save_pretrained(tmp_path)
     with torch.inference_mode():
         losses = [float(model(part[None], labels=part[None]).loss) for part in held_out.split(256)]
     expected = float(np.exp(np.mean(losses)))

@@ -307,3 +307,14 @@ def greedy(model: LanguageModel, tokens: list[int], count: int) -> list[int]:
         tokens = [int(logits[0].argmax())]
         found += tokens
     return found
+
+
+def test_arguments_of_tool_calls(model: LanguageModel) -> None:
+    """Texts become objects for the template, and what the caller gave stays as it was."""
+    call: dict[str, Any] = {"function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages: list[Any] = [{"role": "assistant", "content": "x", "tool_calls": [call]}]
+    model.text.render(messages)
+    assert call["function"]["arguments"] == '{"a": 1}'
+    call["function"]["arguments"] = "{"
+    with pytest.raises(QuantizationError, match="the arguments of a tool call are no JSON"):
+        model.text.render(messages)
