@@ -1,6 +1,7 @@
 """The commands and their arguments."""
 
 import argparse
+import io
 import platform
 import sys
 from collections.abc import Sequence
@@ -194,6 +195,9 @@ def run_bench(arguments: argparse.Namespace, console: Console) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 where all went well, 1 for a failed check or error, 2 for misuse."""
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdin, sys.stdout):  # What is no UTF-8 becomes U+FFFD, or "?", and is no reason to stop.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     arguments.command_line = ["bitlab", *(sys.argv[1:] if argv is None else argv)]
     console = Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
     try:

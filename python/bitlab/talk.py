@@ -22,7 +22,8 @@ INTERRUPTED = 130
 def generate(arguments: argparse.Namespace, console: Console) -> int:
     """Writes the answer to a prompt. Returns the exit code."""
     model = open_model(arguments, console)
-    tokens = model.text.encode(arguments.prompt if arguments.prompt != "-" else sys.stdin.read())
+    prompt = arguments.prompt if arguments.prompt != "-" else sys.stdin.read()
+    tokens = model.text.encode(prompt)
     steps = model.steps(
         tokens,
         arguments.max_tokens,
@@ -30,7 +31,7 @@ def generate(arguments: argparse.Namespace, console: Console) -> int:
         stop=arguments.stop,
         session=_session(arguments, model),
     )
-    print(arguments.prompt if arguments.prompt != "-" else "", end="", flush=True)
+    print(prompt, end="", flush=True)
     interrupted = _write(steps, len(tokens), console if arguments.timing else None)
     return INTERRUPTED if interrupted else 0
 
@@ -67,7 +68,7 @@ def chat(arguments: argparse.Namespace, console: Console) -> int:
 def perplexity(arguments: argparse.Namespace, console: Console) -> int:
     """Prints the perplexity of a text file."""
     model = open_model(arguments, console)
-    tokens = model.text.encode(Path(arguments.text).read_text(encoding="utf-8"))
+    tokens = model.text.encode(Path(arguments.text).read_text(encoding="utf-8", errors="replace"))
     value = model.perplexity(tokens, arguments.window)
     console.print(f"{len(tokens):,} tokens, perplexity {value:.4f}", highlight=False)
     return 0

@@ -1,6 +1,7 @@
 """Text for language models: a tokenizer, a chat template, streams that cut no character and end at stop strings."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from datetime import datetime
@@ -17,6 +18,8 @@ from tokenizers.decoders import DecodeStream
 
 from bitcore.exceptions import FileError, QuantizationError
 from bitmodels.checkpoints.huggingface import read_json
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "..."}`, and what the template of the model knows besides."""
@@ -46,9 +49,12 @@ class Text:
             raise FileError(f"{path}: has {size:,} tokens, and the model's vocab_size is {vocab_size:,}")
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Tokens of a text, with the model's own tokens around it unless `special` is False."""
+        """Tokens of a text, with the model's own tokens around it unless `special` is False.
+
+        What is no Unicode (bytes that were no UTF-8, in Python half of a surrogate pair) becomes U+FFFD.
+        """
         _require_text("text", text)
-        return list(self.tokenizer.encode(text, add_special_tokens=special).ids)
+        return list(self.tokenizer.encode(_SURROGATE.sub("\ufffd", text), add_special_tokens=special).ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -121,7 +127,7 @@ class Text:
             tokens += self.encode(before, special=False)
             if not found:  # The template leaves it out, or changes it.
                 continue
-            tokens += plain.encode(content, add_special_tokens=False).ids
+            tokens += plain.encode(_SURROGATE.sub("\ufffd", content), add_special_tokens=False).ids
         return tokens + self.encode(rest, special=False)
 
     @cached_property

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,17 @@ def test_errors_of_the_command(
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_invalid_utf_8_becomes_the_replacement_character(
+    model: LanguageModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert model.text.encode("a\udcffb\ud800") == model.text.encode("a\ufffdb\ufffd")
+    (tmp_path / "text.txt").write_bytes(b"the \xff\xfecat")
+    assert main(["perplexity", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
+    command = [sys.executable, "-m", "bitlab", "generate", tmp_path / "model", "-", "--max-tokens", "1"]
+    done = subprocess.run(command, input=b"the \xff\xfecat", capture_output=True, check=True, timeout=60)
+    assert done.stdout.decode().startswith("the \ufffd\ufffdcat")
 
 
 def test_the_stream_is_the_text(model: LanguageModel) -> None:
