@@ -144,7 +144,7 @@ def test_invalid_utf_8_becomes_the_replacement_character(
     assert model.text.encode("a\udcffb\ud800") == model.text.encode("a\ufffdb\ufffd")
     (tmp_path / "text.txt").write_bytes(b"the \xff\xfecat")
     assert main(["perplexity", str(tmp_path / "model"), str(tmp_path / "text.txt")]) == 0
-    command = [sys.executable, "-m", "bitlab", "generate", tmp_path / "model", "-", "--max-tokens", "1"]
+    command = [sys.executable, "-m", "bitlab", "generate", str(tmp_path / "model"), "-", "--max-tokens", "1"]
     done = subprocess.run(command, input=b"the \xff\xfecat", capture_output=True, check=True, timeout=60)
     assert done.stdout.decode().startswith("the \ufffd\ufffdcat")
 
