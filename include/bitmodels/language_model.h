@@ -39,7 +39,7 @@ struct LanguageModelInfo {
   std::int64_t head_dim = 0;                 ///< Of every head.
   std::int64_t max_position_embeddings = 0;  ///< The longest context.
   std::vector<Token> eos_tokens;             ///< Which end an answer; may be empty.
-  std::int64_t weight_bytes = 0;             ///< That are read for a token: all but the embedding's other rows.
+  std::int64_t weight_bytes = 0;             ///< Of the linear layers and the head, which are read for a token.
 };
 
 /// How a model is opened.

@@ -28,9 +28,9 @@ struct SamplingParameters {
 /// Chooses the tokens of one answer, one after the other.
 class Sampler {
  public:
-  /// @throws QuantizationError for a parameter out of its range: repetition_penalty and temperature negative, top_p
-  ///     outside of (0, 1], min_p outside of [0, 1], penalties that are not finite, a bias that is NaN, a token that
-  ///     does not exist, a vocab_size below 1.
+  /// @throws QuantizationError for a parameter out of its range: a repetition_penalty that is not positive, a
+  ///     negative temperature or top_k, top_p outside of (0, 1], min_p outside of [0, 1], penalties that are not
+  ///     finite, a bias that is NaN, a token that does not exist, a vocab_size below 1.
   Sampler(SamplingParameters parameters, std::int64_t vocab_size);
 
   /// Tokens that stand before the answer: repetition_penalty counts them.

@@ -89,7 +89,7 @@ class Object {
   const std::string& path() const { return path_; }
 
   [[noreturn]] void wrong(const char* key, const char* expected) const {
-    fail_file(path_, key, " is ", at(key).dump(-1, ' ', false, Json::error_handler_t::replace).substr(0, 80),
+    fail_file(path_, key, " is ", at(key).dump(-1, ' ', true, Json::error_handler_t::replace).substr(0, 80),
               ", expected ", expected);
   }
 

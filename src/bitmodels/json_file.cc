@@ -12,9 +12,11 @@ namespace bitmodels {
 std::string read_file(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) bitcore::fail_file(path, "cannot be opened");
-  std::string text(std::istreambuf_iterator<char>(file), {});
-  if (file.bad()) bitcore::fail_file(path, "cannot be read");
-  return text;
+  try {
+    return {std::istreambuf_iterator<char>(file), {}};
+  } catch (const std::ios_base::failure&) {  // A directory, or a disk that fails.
+    bitcore::fail_file(path, "cannot be read");
+  }
 }
 
 bitcore::Json read_json_file(const std::string& path, int most_depth) {

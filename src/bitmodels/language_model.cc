@@ -7,6 +7,7 @@
 #include "bitcore/base/checks.h"
 #include "bitcore/kernels/registry.h"
 #include "bitmodels/checkpoint.h"
+#include "bitmodels/float_environment.h"
 #include "bitmodels/forward.h"
 #include "bitmodels/json_file.h"
 #include "bitmodels/model.h"
@@ -196,7 +197,7 @@ class Passes {
   }
 
   bool run_one() {
-    bitcore::Executor& executor = options_.executor != nullptr ? *options_.executor : bitcore::default_executor();
+    FloatExecutor executor(options_.executor != nullptr ? *options_.executor : bitcore::default_executor());
     const bool finished = run_pass(model_, workspace_, executor, options_.cancelled);
     clear();
     return finished;
@@ -268,7 +269,7 @@ void Session::truncate(std::int64_t position) {
 Session Session::fork() const {
   const detail::Use use(*state_);
   auto state = std::make_unique<SessionState>(state_->model, state_->context_limit, state_->rotary, state_->cache);
-  state->position = state_->position;
+  state->position = state_->position.load();
   return Session(std::move(state));
 }
 
@@ -278,6 +279,7 @@ Session Session::fork() const {
 LanguageModel::LanguageModel(std::shared_ptr<const Model> model) : model_(std::move(model)) {}
 
 LanguageModel LanguageModel::open(const std::string& directory, const OpenOptions& options) {
+  const FloatEnvironment normal;
   std::error_code error;
   if (!std::filesystem::is_directory(directory, error)) bitcore::fail_file(directory, "is no directory");
   const std::string path = (std::filesystem::path(directory) / "config.json").string();
@@ -291,6 +293,7 @@ LanguageModel LanguageModel::open(const std::string& directory, const OpenOption
 const LanguageModelInfo& LanguageModel::info() const { return model_->info(); }
 
 Session LanguageModel::new_session(const SessionOptions& options) const {
+  const FloatEnvironment normal;
   const LanguageModelInfo& info = model_->info();
   const std::int64_t limit = options.context_limit == 0 ? info.max_position_embeddings : options.context_limit;
   if (limit < 1 || limit > info.max_position_embeddings) {
@@ -304,6 +307,7 @@ Session LanguageModel::new_session(const SessionOptions& options) const {
 }
 
 bool LanguageModel::forward(std::span<const Input> inputs, const ForwardOptions& options) const {
+  const FloatEnvironment normal;
   detail::Borrowed workspace(model_->workspaces);
   std::vector<SessionState*>& sessions = (*workspace).sessions;
   detail::Uses uses(sessions, inputs.size());

@@ -38,7 +38,7 @@ struct SessionState {
   std::int64_t context_limit;
   std::shared_ptr<const bitlayers::Rotary> rotary;  ///< Its frequencies may depend on the limit.
   Cache cache;
-  std::int64_t position = 0;
+  std::atomic<std::int64_t> position{0};
   std::atomic<bool> busy{false};  ///< A forward uses it.
 };
 

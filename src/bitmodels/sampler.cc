@@ -7,6 +7,7 @@
 
 #include "bitcore/base/checks.h"
 #include "bitlayers/layer_functions.h"
+#include "bitmodels/float_environment.h"
 
 namespace bitmodels {
 namespace {
@@ -62,6 +63,7 @@ void Sampler::see(std::span<const Token> tokens) {
 }
 
 Token Sampler::sample(std::span<float> logits, std::span<const std::uint32_t> mask) {
+  const FloatEnvironment normal;
   if (logits.size() != counts_.size()) bitcore::fail("logits has ", logits.size(), ", expected ", counts_.size());
   penalize(logits);
   for (const float logit : logits) {  // Or one that is infinite, with the opposite bias.
@@ -90,7 +92,7 @@ void Sampler::penalize(std::span<float> logits) const {
 
 Token Sampler::greedy(std::span<const float> logits) const {
   const auto largest = std::max_element(logits.begin(), logits.end());  // the first of equal ones
-  if (*largest == kForbidden) bitcore::fail("mask allows no token");
+  if (*largest == kForbidden) bitcore::fail("no token is allowed by mask, logit_bias and logits");
   return static_cast<Token>(largest - logits.begin());
 }
 

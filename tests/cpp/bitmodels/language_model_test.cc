@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <barrier>
+#include <cfenv>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -510,6 +511,58 @@ TEST(LanguageModelThreads, ManySessionsOfOneModel) {
   });
 }
 
+// Other libraries change how a thread rounds, and drop subnormal numbers; threads inherit it.
+class OtherRounding {
+ public:
+  OtherRounding() {
+    fegetenv(&found_);
+    fesetround(FE_UPWARD);
+#if defined(__SSE__)
+    __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040u);  // FTZ and DAZ
+    state_ = __builtin_ia32_stmxcsr() & 0xFFC0u;
+#endif
+  }
+  ~OtherRounding() { fesetenv(&found_); }
+  bool stands() const {
+#if defined(__SSE__)
+    if ((__builtin_ia32_stmxcsr() & 0xFFC0u) != state_) return false;
+#endif
+    return fegetround() == FE_UPWARD;
+  }
+
+ private:
+  fenv_t found_;
+  unsigned state_ = 0;
+};
+
+TEST(LanguageModelThreads, TheCallersRoundingDoesNotMatter) {
+  Floats draws(67);
+  for (std::size_t i = 0; i < draws.size(); ++i) draws[i] = static_cast<float>(i % 11) / 3;
+  const auto drawn = [&] {
+    Sampler sampler({.temperature = 0.7f, .top_p = 0.9f, .seed = 5}, 67);
+    Tokens tokens;
+    for (int i = 0; i < 20; ++i) {
+      Floats logits = draws;
+      tokens.push_back(sampler.sample(logits));
+    }
+    return tokens;
+  };
+  const Tokens expected = drawn();
+  for (const Kind& kind : kinds()) {
+    const OtherRounding other;
+    const LanguageModel model = open(kind);
+    ThreadPool pool(3);
+    std::barrier together(3);
+    pool.run(3, [&](int) { together.arrive_and_wait(); });  // Now each of its threads runs, and rounds like this one.
+    for (std::size_t i = 0; i < 3; ++i) {
+      Session session = model.new_session({.cache = kForms[i]});
+      EXPECT_EQ(hash_of(append(model, session, tokens_of(kCount), pool)), kind.hashes[i]) << kind.name;
+    }
+    EXPECT_EQ(drawn(), expected);
+    EXPECT_TRUE(other.stands());
+  }
+}
+
 // A block that the last other owner has left, on another thread, becomes the session's own.
 TEST(LanguageModelThreads, ForksComeAndGoOnOtherThreads) {
   const LanguageModel model = llama();
@@ -739,6 +792,9 @@ TEST(LanguageModelErrors, Directories) {
   expect_error<FileError>([&] { LanguageModel::open(""); }, {"is no directory"});
   const std::string file = (fs::path(directory_of(kinds()[0])) / "model.safetensors").string();
   expect_error<FileError>([&] { LanguageModel::open(file); }, {file, "is no directory"});
+  const fs::path nested = Folder::get().make("nested");
+  fs::create_directory(nested / "config.json");
+  expect_error<FileError>([&] { LanguageModel::open(nested.string()); }, {"config.json", "cannot be read"});
   const fs::path folder = Folder::get().make("empty");
   expect_error<FileError>([&] { LanguageModel::open(folder.string()); }, {"config.json", "cannot be opened"});
   std::ofstream(folder / "config.json") << testing::config_json({});
@@ -976,8 +1032,8 @@ TEST(LanguageModelSampler, Errors) {
     expect_error<QuantizationError>([&] { sample({0, kNaN, 0, 0}); }, {"logits has a NaN"});
     expect_error<QuantizationError>([&] { sample({0, 0, 0}); }, {"logits has 3, expected 4"});
     expect_error<QuantizationError>([&] { sample({0, 0, 0, 0}, long_mask); }, {"mask has 2 words, expected 1"});
-    expect_error<QuantizationError>([&] { sample({0, 0, 0, 0}, nothing); }, {"mask allows no token"});
-    expect_error<QuantizationError>([&] { sample(Floats(4, -kInfinity)); }, {"mask allows no token"});
+    expect_error<QuantizationError>([&] { sample({0, 0, 0, 0}, nothing); }, {"no token is allowed by mask"});
+    expect_error<QuantizationError>([&] { sample(Floats(4, -kInfinity)); }, {"no token is allowed by mask"});
     const Token tokens[] = {3, 4};
     expect_error<QuantizationError>([&] { sampler.see(tokens); }, {"token is 4, expected 0 to 3"});
     sample({0, 0, 0, 0});
