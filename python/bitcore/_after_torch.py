@@ -6,7 +6,6 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
 from types import ModuleType
 
 
@@ -16,7 +15,7 @@ def load_after_torch(name: str) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Sees torch being looked for, steps aside, and has its loader import the other module afterwards."""
+    """Has the loader of torch import the other module afterwards, whenever torch is looked for until it is there."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -26,13 +25,15 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != "torch":
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec("torch")
+        others = [finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def execute_both(module: ModuleType) -> None:
                 execute(module)
+                with suppress(ValueError):  # Another import was faster.
+                    sys.meta_path.remove(self)
                 if _is_being_imported(self._name.partition(".")[0]):
                     return  # By a module that is in the middle of its own import, and gets what it asks for.
                 with suppress(ImportError):  # Torch itself is there; who uses the module is told.

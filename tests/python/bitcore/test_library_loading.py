@@ -77,6 +77,15 @@ def changed(original: bytes, offset: int, value: int) -> bytes:
     return original[:offset] + bytes([value]) + original[offset + 1 :]
 
 
+def test_the_operators_come_with_torch_whoever_has_looked_for_it() -> None:
+    """transformers asks for torch's spec before anybody imports it."""
+    asked = "import bitcore, importlib.util; importlib.util.find_spec('torch'); importlib.util.find_spec('torch')"
+    used = "import sys, torch; print(torch.ops.bitcore.bitlinear, *(type(each).__name__ for each in sys.meta_path))"
+    done = run_python("-c", f"{asked}; {used}")
+    assert done.stdout.startswith("bitcore.bitlinear"), done.stderr
+    assert "_Finder" not in done.stdout
+
+
 def test_truncated_anywhere(tmp_path: Path) -> None:
     whole = _library.PATH.read_bytes()
     lengths = [64, 100, 500, 4096, *(len(whole) * part // 8 for part in range(1, 7))]
