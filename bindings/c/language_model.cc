@@ -95,9 +95,10 @@ bitmodels::SamplingParameters parameters_of(const bitlab_sampling& from) {
 bitlab_status bitlab_model_open(const char* directory, int32_t map, int32_t check, const char* kernel,
                                 bitlab_model** model) {
   return guarded([&] {
+    bitlab_model*& made = given(model, "model");
     const bitmodels::OpenOptions options{map != 0, check != 0, kernel == nullptr ? "" : kernel};
     auto opened = bitmodels::LanguageModel::open(&given(directory, "directory"), options);
-    given(model, "model") = new bitlab_model{std::move(opened)};
+    made = new bitlab_model{std::move(opened)};
   });
 }
 
@@ -123,8 +124,8 @@ bitlab_status bitlab_model_describe(const bitlab_model* model, bitlab_model_info
 bitlab_status bitlab_session_new(const bitlab_model* model, int64_t context_limit, bitlab_cache cache,
                                  bitlab_session** session) {
   return guarded([&] {
-    auto made = given(model, "model").model.new_session({context_limit, cache_of(cache)});
-    given(session, "session") = new bitlab_session{std::move(made)};
+    bitlab_session*& made = given(session, "session");
+    made = new bitlab_session{given(model, "model").model.new_session({context_limit, cache_of(cache)})};
   });
 }
 
@@ -139,7 +140,10 @@ bitlab_status bitlab_session_truncate(bitlab_session* session, int64_t position)
 }
 
 bitlab_status bitlab_session_fork(const bitlab_session* session, bitlab_session** fork) {
-  return guarded([&] { given(fork, "fork") = new bitlab_session{given(session, "session").session.fork()}; });
+  return guarded([&] {
+    bitlab_session*& made = given(fork, "fork");
+    made = new bitlab_session{given(session, "session").session.fork()};
+  });
 }
 
 bitlab_status bitlab_forward(const bitlab_model* model, const bitlab_input* inputs, int64_t count, bitlab_pool* pool,
@@ -163,8 +167,8 @@ bitlab_status bitlab_sampler_new(const bitlab_sampling* sampling, int64_t vocab_
   return guarded([&] {
     if (vocab_size < 1)
       throw QuantizationError("vocab_size is " + std::to_string(vocab_size) + ", expected at least 1");
-    bitmodels::Sampler made(parameters_of(given(sampling, "sampling")), vocab_size);
-    given(sampler, "sampler") = new bitlab_sampler{std::move(made)};
+    bitlab_sampler*& made = given(sampler, "sampler");
+    made = new bitlab_sampler{bitmodels::Sampler(parameters_of(given(sampling, "sampling")), vocab_size)};
   });
 }
 
@@ -183,13 +187,19 @@ bitlab_status bitlab_sampler_sample(bitlab_sampler* sampler, float* logits, int6
 }
 
 bitlab_status bitlab_pool_new(int32_t threads, bitlab_pool** pool) {
-  return guarded([&] { given(pool, "pool") = new bitlab_pool{bitcore::ThreadPool(threads)}; });
+  return guarded([&] {
+    bitlab_pool*& made = given(pool, "pool");
+    made = new bitlab_pool{bitcore::ThreadPool(threads)};
+  });
 }
 
 void bitlab_pool_free(bitlab_pool* pool) { delete pool; }
 
 bitlab_status bitlab_cancellation_new(bitlab_cancellation** cancellation) {
-  return guarded([&] { given(cancellation, "cancellation") = new bitlab_cancellation; });
+  return guarded([&] {
+    bitlab_cancellation*& made = given(cancellation, "cancellation");
+    made = new bitlab_cancellation;
+  });
 }
 
 void bitlab_cancellation_free(bitlab_cancellation* cancellation) { delete cancellation; }

@@ -31,7 +31,7 @@ def call(name: str, *arguments: Any) -> int:
     status: int = getattr(library(), name)(*arguments)
     if status in (0, CANCELLED):
         return status
-    message = library().bitlab_last_error().decode()
+    message = library().bitlab_last_error().decode(errors="surrogateescape")
     raise _ERRORS.get(status, RuntimeError)(message)
 
 
