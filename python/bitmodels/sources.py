@@ -18,6 +18,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # What a model consists of; everything else in a repository of the hub is left there.
 _FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
 
+_CONVERTER = 1  # Counts up with every change of what a conversion writes: a model is then converted again.
+
 Converted = Callable[[Conversion], None]
 
 
@@ -76,14 +78,14 @@ def model_directory(
 def _fetched(name: str, offline: bool) -> Path:
     """A repository of the hub, in its library's own cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_FILES), local_files_only=offline))
     except LocalEntryNotFoundError as error:
         why = "it has not been fetched before" if offline else "there is no connection"
         raise FileError(f"{name}: no such file or directory, and not to be had from the hub: {why}") from error
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, HFValidationError) as error:
         reason = str(error).splitlines()[0]
         raise FileError(f"{name}: no such file or directory, and the hub says: {reason}") from error
 
@@ -91,7 +93,7 @@ def _fetched(name: str, offline: bool) -> Path:
 def _key(path: Path) -> str:
     """Names what a source is now: another file of the same name is converted again."""
     files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
-    facts = [str(path.resolve())]
+    facts = [str(_CONVERTER), str(path.resolve())]
     for file in files:
         found = file.stat()
         facts.append(f"{file.name} {found.st_size} {found.st_mtime_ns}")

@@ -77,8 +77,8 @@ def convert_checkpoint(
 ) -> Conversion:
     """Converts a ternary language model into a directory that BitLab and transformers read. Needs no torch.
 
-    Codes and scales stay what they are, bit for bit; what cannot stay (a scale of 0, one that float16 does not hold)
-    is counted in the result's notes. Ternary embeddings and heads stay ternary.
+    Codes and scales stay what they are; what cannot stay (a scale of 0, one that float16 does not hold) is counted in
+    the result's notes. Ternary embeddings and heads stay ternary. The guide "Bring your model" has all that changes.
 
     Args:
         source: A directory of Hugging Face (packed by transformers, float masters of a BitNet, or floats that are
@@ -176,6 +176,7 @@ def _read_hugging_face(
     checkpoint: Checkpoint, layout: Layout, head: Head, scales: hf_model.Convention | None
 ) -> _Source:
     model = hf_model.read_model(checkpoint.path, checkpoint.metadata)
+    _require_as_many(checkpoint, model.decoder)
     convention = scales or model.scales
     wish = Wish(layout, "per_channel" if model.bitnet else "per_group")
     taker = _Taker(
@@ -193,7 +194,7 @@ def _read_hugging_face(
             if convention is None:
                 raise FileError(
                     f"{checkpoint.path}: config.json does not say whether {scale.name} multiplies or divides, and "
-                    "nothing else tells: give --scales multiply or divide"
+                    "nothing else tells: give bitlab convert --scales multiply or divide"
                 )
             return parts.of_packed_rows(name, tensor, scale, shape[0], convention == "divide", wish)
         tensor = taker.expect(f"{name}.weight", shape, dense.FLOATS)
@@ -229,6 +230,7 @@ def _read_gguf(checkpoint: Checkpoint, layout: Layout, head: Head, hidden_act: s
     if (count := checkpoint.metadata.get("split.count", 1)) not in (0, 1):
         raise FileError(f"{checkpoint.path}: is one of {count} files: merge them with llama.cpp's llama-gguf-split")
     model = gguf_model.read_model(checkpoint, hidden_act)
+    _require_as_many(checkpoint, model.decoder)
     wish = Wish(layout, "per_channel" if model.bitnet else "per_group")
     taker = _Taker(checkpoint, model.tensors, _IGNORED_GGUF)
     encodings = (*dense.READ_ENCODINGS, *ternary.READ_ENCODINGS)
@@ -252,6 +254,14 @@ def _read_gguf(checkpoint: Checkpoint, layout: Layout, head: Head, hidden_act: s
     taker.require_nothing_left(model.decoder)
     _require_ternary(checkpoint, found)
     return _Source(checkpoint, model.decoder, found, is_gguf=True)
+
+
+def _require_as_many(checkpoint: Checkpoint, decoder: Decoder) -> None:
+    """Says early that tensors are missing: a damaged number of layers would take forever to go through."""
+    if (layers := decoder.size("num_hidden_layers")) > len(checkpoint.tensors):
+        raise FileError(
+            f"{checkpoint.path}: num_hidden_layers is {layers}, and there are {len(checkpoint.tensors)} tensors"
+        )
 
 
 def _names(decoder: Decoder) -> Iterator[str]:
@@ -408,6 +418,8 @@ def _notes(found: _Source) -> list[str]:
 def _require_free(target: Path) -> None:
     if target.exists() or target.is_symlink():
         raise FileError(f"{target}: exists already, expected a name that is free")
+    if not target.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{target}: there is no directory {target.parent} to make it in")
 
 
 def _write_weights(path: Path, found: list[Part], progress: Progress | None) -> int:

@@ -42,6 +42,8 @@ ARCHITECTURES = {
     )
 }
 
+MOST_POSITIONS = 2**24  # As in the engine.
+
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "attention_multiplier")
 ACTIVATIONS = ("silu", "relu2", "gelu", "gelu_pytorch_tanh")
 
@@ -150,9 +152,17 @@ def checked_decoder(source: object, architecture: Architecture, config: dict[str
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
             raise FileError(f"{source}: {name} is {value!r}, expected a positive integer")
+    if (positions := config["max_position_embeddings"]) > MOST_POSITIONS:
+        raise FileError(f"{source}: max_position_embeddings is {positions}, expected at most {MOST_POSITIONS}")
     for name in ("rms_norm_eps", *(MULTIPLIERS if architecture.multipliers else ())):
-        if isinstance(config[name], bool) or not isinstance(config[name], int | float) or not config[name] > 0:
-            raise FileError(f"{source}: {name} is {config[name]!r}, expected a positive number")
+        _require_positive(source, name, config[name])
+    for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+        if not isinstance(config.get(name, False), bool):
+            raise FileError(f"{source}: {name} is {config[name]!r:.80}, expected true or false")
+    ends = config.get("eos_token_id")
+    for end in ends if isinstance(ends, list) else [] if ends is None else [ends]:
+        if isinstance(end, bool) or not isinstance(end, int) or not 0 <= end < 2**31:
+            raise FileError(f"{source}: eos_token_id is {ends!r:.80}, expected a token, or several")
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % key_heads:
         raise FileError(
@@ -160,9 +170,16 @@ def checked_decoder(source: object, architecture: Architecture, config: dict[str
         )
     if config["head_dim"] % 2:
         raise FileError(f"{source}: head_dim is {config['head_dim']}, expected an even number")
-    if config["hidden_act"] not in ACTIVATIONS:
+    if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in ACTIVATIONS:
         raise FileError(f"{source}: hidden_act is {config['hidden_act']!r}, expected one of {', '.join(ACTIVATIONS)}")
     return Decoder(architecture, config)
+
+
+def _require_positive(source: object, name: str, value: object) -> None:
+    """A number that is one in float32, too, and not subnormal there."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 2.0**-126 <= value < 2.0**128:  # type: ignore[operator]
+        raise FileError(f"{source}: {name} is {value!r:.80}, expected a positive number")
 
 
 def checked_rope(source: object, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +193,7 @@ def checked_rope(source: object, parameters: Mapping[str, Any]) -> dict[str, Any
     kind = rope.pop("rope_type", kind) or "default"
     if kind == "su":  # What longrope was called first.
         kind = "longrope"
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         known = ", ".join(ROPE_KEYS)
         why = " (it changes with the length: the same tokens would give other logits)" if kind == "dynamic" else ""
         raise FileError(f"{source}: rope_type is {kind!r}{why}, known are {known}")
@@ -187,4 +204,12 @@ def checked_rope(source: object, parameters: Mapping[str, Any]) -> dict[str, Any
         raise FileError(f"{source}: rope_parameters of type {kind} lack {missing}")
     if unknown := sorted(rope.keys() - {*needed, *allowed, "rope_theta"}):
         raise FileError(f"{source}: rope_parameters have {unknown}, known of type {kind} are {[*needed, *allowed]}")
+    for name, value in rope.items():
+        if name.endswith(("short_factor", "long_factor")):
+            if not isinstance(value, list):
+                raise FileError(f"{source}: {name} is {value!r:.80}, expected positive numbers")
+            for each in value:
+                _require_positive(source, name, each)
+        elif name != "truncate":
+            _require_positive(source, name, value)
     return {"rope_type": kind, **rope}

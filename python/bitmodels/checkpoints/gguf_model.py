@@ -192,12 +192,12 @@ def _activation(checkpoint: Checkpoint, name: str, kind: _Kind, given: str | Non
         return "silu"
     raise FileError(
         f'{checkpoint.path}: architecture "{name}" is written for models with SiLU and with squared ReLU, and nothing '
-        "in the file says which this is: give --hidden-act silu or relu2"
+        "in the file says which this is: give bitlab convert --hidden-act silu or relu2"
     )
 
 
 def _multipliers(reader: _Metadata, head_dim: int) -> dict[str, float]:
-    attention = reader.get("attention.scale")
+    attention = reader.number("attention.scale") if reader.get("attention.scale") else None
     return {
         "embedding_multiplier": _shortest(reader.number("embedding_scale")),
         "residual_multiplier": _shortest(reader.number("residual_scale")),
@@ -209,16 +209,18 @@ def _multipliers(reader: _Metadata, head_dim: int) -> dict[str, float]:
 def _rope(checkpoint: Checkpoint, reader: _Metadata, head_dim: int) -> dict[str, Any]:
     if (rotated := reader.get("rope.dimension_count", head_dim)) != head_dim:
         raise FileError(f"{checkpoint.path}: {rotated} of {head_dim} dimensions are rotated, expected all")
-    theta = reader.get("rope.freq_base", 10000.0)
+    theta = reader.number("rope.freq_base") if reader.get("rope.freq_base") is not None else 10000.0
     rope: dict[str, Any] = {"rope_theta": _shortest(theta)}
     original = reader.get("rope.scaling.original_context_length")
+    if (factor := reader.get("rope.scaling.attn_factor", 1.0)) != 1.0:
+        raise FileError(f"{checkpoint.path}: rope.scaling.attn_factor is {factor}, expected 1")
     kind = reader.get("rope.scaling.type", "none")
     if kind == "linear":
         rope |= {"rope_type": "linear", "factor": _shortest(reader.number("rope.scaling.factor"))}
     elif kind == "yarn":
         rope |= {"rope_type": "yarn", "factor": _shortest(reader.number("rope.scaling.factor"))}
         rope["original_max_position_embeddings"] = original
-        rope |= _yarn(checkpoint, reader)
+        rope |= _yarn(reader)
     elif kind == "longrope" or "rope_factors_long.weight" in checkpoint.tensors:
         rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
         for name in ("short", "long"):
@@ -230,11 +232,9 @@ def _rope(checkpoint: Checkpoint, reader: _Metadata, head_dim: int) -> dict[str,
     return checked_rope(checkpoint.path, rope)
 
 
-def _yarn(checkpoint: Checkpoint, reader: _Metadata) -> dict[str, float]:
-    if (factor := reader.get("rope.scaling.attn_factor", 1.0)) != 1.0:
-        raise FileError(f"{checkpoint.path}: rope.scaling.attn_factor is {factor}, expected 1")
+def _yarn(reader: _Metadata) -> dict[str, float]:
     names = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-    return {name: _shortest(reader.get(key)) for name, key in names.items() if reader.get(key)}
+    return {name: _shortest(reader.number(key)) for name, key in names.items() if reader.get(key)}
 
 
 def _factors(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
@@ -281,7 +281,7 @@ def _renamed(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredTensor]]:
         if own is None or part not in ("weight", "bias", "scale"):
             raise FileError(f"{checkpoint.path}: has a tensor {name}, which the model does not have")
         if part == "scale":
-            if not (tensor.data.view("<f4") == 1).all():
+            if tensor.encoding != "float32" or not (tensor.data.view("<f4") == 1).all():
                 raise FileError(f"{checkpoint.path}: {name} is a scale beside the scales of the weight, expected 1")
             continue
         yield f"{own}.{part}", tensor

@@ -107,6 +107,12 @@ def _quantization(source: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         raise FileError(
             f"{source}: use_rms_norm is true: its linear layers have norms of their own, which are not read"
         )
+    for name in ("linear_class", "quantization_mode"):
+        if not isinstance(quantization.get(name, ""), str):
+            raise FileError(f"{source}: {name} is {quantization[name]!r:.80}, expected a text")
+    listed = quantization.get("modules_to_not_convert") or []
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise FileError(f"{source}: modules_to_not_convert is {listed!r:.80}, expected names")
     return quantization
 
 

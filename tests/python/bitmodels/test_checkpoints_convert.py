@@ -479,7 +479,7 @@ def test_minicpm_in_gguf(tmp_path: Path) -> None:
 def test_a_bitnet_that_does_not_say_its_activation(tmp_path: Path) -> None:
     model = tiny("bitnet", 128, "tensor")
     source = gguf_file(tmp_path / "a.gguf", model, "I2_S", "bitnet")
-    with pytest.raises(FileError, match=r"give --hidden-act silu or relu2"):
+    with pytest.raises(FileError, match=r"give bitlab convert --hidden-act silu or relu2"):
         convert(source)
     assert convert(source, hidden_act="relu2")[0].config["hidden_act"] == "relu2"
 
@@ -563,12 +563,25 @@ def refused(source: Path, message: str, **options: Any) -> None:
         ({"rope_scaling": {"type": "linear"}}, r"rope_parameters of type linear lack \['factor'\]"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, r"rope_parameters have \['x'\]"),
         ({"rope_scaling": 3}, "rope_parameters are 3, expected an object"),
+        ({"rope_scaling": {"type": ["x"]}}, r"rope_type is \['x'\]"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2', expected a positive number"),
+        ({"rope_theta": "abc"}, "rope_theta is 'abc', expected a positive number"),
+        ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60, expected a positive number"),
+        ({"max_position_embeddings": 2**30}, "max_position_embeddings is 1073741824, expected at most 16777216"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, and there are"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', expected true or false"),
+        ({"eos_token_id": "a"}, "eos_token_id is 'a', expected a token, or several"),
+        (
+            {"quantization_config": {**DIVIDES, "modules_to_not_convert": "lm_head"}},
+            "modules_to_not_convert is 'lm_head'",
+        ),
+        ({"quantization_config": {**DIVIDES, "linear_class": ["x"]}}, r"linear_class is \['x'\], expected a text"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is given"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quant_method is 'gptq', expected \"bitnet\""),
         ({"quantization_config": {"quant_method": "bitlab"}}, "is in BitLab's own form already"),
         ({"quantization_config": {**DIVIDES, "use_rms_norm": True}}, "use_rms_norm is true"),
-        ({"quantization_config": {**DIVIDES, "linear_class": "x"}}, "give --scales multiply or divide"),
-        ({"quantization_config": None}, "give --scales multiply or divide"),
+        ({"quantization_config": {**DIVIDES, "linear_class": "x"}}, "give bitlab convert --scales multiply or divide"),
+        ({"quantization_config": None}, "give bitlab convert --scales multiply or divide"),
     ],
 )
 def test_configs(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -617,6 +630,9 @@ def test_floats_that_are_not_finite(name: str, value: float, tmp_path: Path) -> 
         ({"qwen3.rope.dimension_count": 16}, {}, "16 of 32 dimensions are rotated"),
         ({"qwen3.rope.scaling.type": "x"}, {}, "rope.scaling.type is 'x'"),
         ({"qwen3.block_count": 3}, {}, "has no tensor model.layers.2.self_attn.q_proj.weight"),
+        ({"qwen3.rope.freq_base": "500"}, {}, "qwen3.rope.freq_base is '500', expected a positive number"),
+        ({"qwen3.block_count": 10**9}, {}, "num_hidden_layers is 1000000000, and there are"),
+        ({}, {"blk.0.attn_q.scale": ((1,), 1, bytes(2))}, "is a scale beside the scales"),
         ({"qwen3.embedding_length": "x"}, {}, "qwen3.embedding_length is 'x', expected a positive number"),
         ({}, {"blk.0.attn_q.weight": ((128, 128), 2, bytes(72 * 128))}, "blk.0.attn_q.weight is Q4_0"),
         ({}, {"blk.0.attn_q.weight": ((128, 256), 34, bytes(54 * 128))}, "blk.0.attn_q.weight is TQ1_0"),
@@ -659,7 +675,7 @@ def test_a_target_that_exists(tmp_path: Path) -> None:
         make()
         refused(source, r"target: exists already, expected a name that is free")
         target.rmdir() if target.is_dir() else target.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match=r"no/target: there is no directory .*/no to make it in"):
         convert_checkpoint(source, tmp_path / "no" / "target")
     with pytest.raises(FileError, match="neither a directory of Hugging Face nor a GGUF file"):
         convert_checkpoint(source / "config.json", target)
