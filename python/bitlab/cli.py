@@ -59,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
     perplexity = commands.add_parser("perplexity", help="how well a language model foresees a text")
     add_model_arguments(perplexity)
     perplexity.add_argument("text", type=Path, help="a file of text")
-    perplexity.add_argument("--window", type=positive, default=512, help="tokens that are seen together (%(default)s)")
+    perplexity.add_argument(
+        "--window", type=positive, help="tokens that are seen together (512, if the model allows so many)"
+    )
     perplexity.set_defaults(run=run_perplexity)
     bench = commands.add_parser("bench", help="time the kernels against the limits of this machine and against peers")
     bench.add_argument("model", nargs="?", type=Path, help="a language model in BitLab's form, instead of the kernels")
@@ -97,12 +99,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_answer_arguments(parser: argparse.ArgumentParser, most: int) -> None:
-    """How an answer is written. What is not given is as the model's generation_config.json says."""
+    """How an answer is written. What is not given is as the model's generation_config.json says.
+
+    To choose among tokens is to draw: with one of --top-k, --top-p and --min-p the temperature is 1 unless something
+    else is said. Without --seed the seed is drawn, too.
+    """
     parser.add_argument("--max-tokens", type=positive, default=most, help="most tokens of an answer (%(default)s)")
     parser.add_argument("--temperature", type=float, help="0: always the most probable token")
-    parser.add_argument("--top-k", type=int, help="choose among so many")
-    parser.add_argument("--top-p", type=float, help="choose among those that make up this share")
-    parser.add_argument("--min-p", type=float, help="choose among those of at least this share of the most probable")
+    parser.add_argument("--top-k", type=int, help="draw among so many")
+    parser.add_argument("--top-p", type=float, help="draw among those that make up this share")
+    parser.add_argument("--min-p", type=float, help="draw among those of at least this share of the most probable")
     parser.add_argument("--repetition-penalty", type=float, help="above 1: avoid tokens that were there")
     parser.add_argument("--seed", type=int, help="the same seed, the same answer")
     parser.add_argument("--context", type=int, default=0, help="most tokens in all; default: what the model allows")
@@ -122,7 +128,7 @@ def run_info(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def print_without_torch(console: Console) -> None:
-    """What there is to know about an installation that cannot compute."""
+    """What there is to know about an installation without kernels for torch: it runs language models alone."""
     lines = (f"bitlab {__version__}", MISSING_TORCH, f"processor: {platform.machine()}")
     console.print("\n".join(lines), highlight=False, markup=False)
 

@@ -1,6 +1,7 @@
 """`bitlab generate`, `bitlab chat` and `bitlab perplexity`."""
 
 import argparse
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -40,23 +41,28 @@ def chat(arguments: argparse.Namespace, console: Console) -> int:
     """Talks until the input ends. Ctrl-C stops an answer, and at the prompt the program."""
     model = open_model(arguments, console)
     model.text.render([{"role": "user", "content": ""}])  # Says now if there is no template.
-    messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    session, seen = _session(arguments, model), list[int]()
+    beginning = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    messages, session, seen = list(beginning), _session(arguments, model), list[int]()
     while (line := _read()) is not None:
         if not line.strip():
             continue
         messages.append({"role": "user", "content": line})
-        tokens = model.text.encode_chat(messages)
-        # What the session has seen of it already is not computed again; the last token gives the logits.
-        shared = _shared(seen, tokens[:-1])
-        session.truncate(shared)
         answer: list[Step] = []
         try:
+            tokens = model.text.encode_chat(messages)
+            if len(tokens) > session.context_limit and len(messages) > len(beginning) + 1:
+                _say(f"the context of {session.context_limit} tokens is full: the conversation begins anew")
+                messages = [*beginning, messages[-1]]
+                tokens = model.text.encode_chat(messages)
+            # What the session has seen of it already is not computed again; the last token gives the logits.
+            shared = _shared(seen, tokens[:-1])
+            session.truncate(shared)
+            seen = seen[:shared]
             sampling = _sampling(arguments, model)
-            steps = model.steps(tokens[shared:], arguments.max_tokens, sampling=sampling, session=session)
+            steps = model.steps(tokens[shared:], arguments.max_tokens, sampling=sampling, session=session, seen=seen)
             _write(_kept(steps, answer), len(tokens) - shared, console if arguments.timing else None)
         except BitLabError as error:
-            print(f"bitlab: {error}", file=sys.stderr)
+            _say(str(error))
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": "".join(step.text for step in answer)})
@@ -69,7 +75,7 @@ def perplexity(arguments: argparse.Namespace, console: Console) -> int:
     """Prints the perplexity of a text file."""
     model = open_model(arguments, console)
     tokens = model.text.encode(Path(arguments.text).read_text(encoding="utf-8", errors="replace"))
-    value = model.perplexity(tokens, arguments.window)
+    value = model.perplexity(tokens, arguments.window or min(512, model.info.max_position_embeddings))
     console.print(f"{len(tokens):,} tokens, perplexity {value:.4f}", highlight=False)
     return 0
 
@@ -92,6 +98,10 @@ def open_model(arguments: argparse.Namespace, console: Console) -> LanguageModel
     return LanguageModel.open(directory, kernel=arguments.kernel, threads=arguments.threads)
 
 
+def _say(what: str) -> None:
+    print(f"bitlab: {what}", file=sys.stderr)
+
+
 def _errors() -> Console:
     """Where what is not the answer goes."""
     return Console(stderr=True) if sys.stderr.isatty() else Console(stderr=True, width=PIPE_WIDTH)
@@ -108,6 +118,9 @@ def _sampling(arguments: argparse.Namespace, model: LanguageModel) -> Sampling |
     if not given:
         return None
     own = model.default_sampling
+    if own.temperature == 0 and given.keys() & {"top_k", "top_p", "min_p"}:
+        given.setdefault("temperature", 1.0)
+    given.setdefault("seed", secrets.randbits(32))
     return Sampling(**{**{name: getattr(own, name) for name in names}, **given})
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import FileError, QuantizationError
 from bitmodels.checkpoints.huggingface import read_json
 from bitmodels.native_model import (
     Append,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Prompt = str | Sequence[int]
+
+_GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,42 @@ class LanguageModel:
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: those of config.json, generation_config.json and the tokenizer.
+
+        Raises:
+            FileError: one of these files is damaged.
+        """
         own = self.text.end_tokens if (self.directory / "tokenizer.json").is_file() else ()
-        return frozenset((*self.info.eos_tokens, *own))
+        named = self._generation_config.get("eos_token_id")
+        listed = [] if named is None else named if isinstance(named, list) else [named]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+            raise FileError(f"{self.directory / _GENERATION}: eos_token_id is {named!r:.80}, expected tokens")
+        return frozenset((*self.info.eos_tokens, *own, *listed))
+
+    @cached_property
+    def _generation_config(self) -> dict[str, Any]:
+        """generation_config.json; empty if there is none."""
+        path = self.directory / _GENERATION
+        return read_json(path) if path.is_file() else {}
 
     @cached_property
     def default_sampling(self) -> Sampling:
-        """What generation_config.json says; without it the largest logit wins."""
-        path = self.directory / "generation_config.json"
-        config = read_json(path) if path.is_file() else {}
+        """What generation_config.json says; without it the largest logit wins.
+
+        Raises:
+            FileError: it has values that no sampler knows.
+        """
+        config = self._generation_config
         if not config.get("do_sample"):
             return Sampling()
         names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
         given = {name: config[name] for name in names if config.get(name) is not None}
-        return Sampling(**{"temperature": 1.0, **given})
+        sampling = Sampling(**{"temperature": 1.0, **given})
+        try:
+            Sampler(sampling, self.info.vocab_size)
+        except QuantizationError as error:
+            raise FileError(f"{self.directory / _GENERATION}: {error}") from error
+        return sampling
 
     def session(self, context_limit: int = 0, cache: CacheForm = "float16") -> Session:
         """An empty session: what the model has seen.
@@ -181,6 +205,7 @@ class LanguageModel:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         session: Session | None = None,
+        seen: Sequence[int] = (),
         cancellation: Cancellation | None = None,
     ) -> Iterator[Step]:
         """The tokens of an answer, one after the other.
@@ -192,6 +217,7 @@ class LanguageModel:
             stop: Texts that end the answer; they are not part of it.
             session: What the model has seen already; None: nothing. Afterwards it has seen prompt and answer, but for
                 the last token.
+            seen: The tokens that the session has seen, for repetition_penalty, which counts them.
             cancellation: Ends the answer from another thread.
 
         Raises:
@@ -201,6 +227,7 @@ class LanguageModel:
             raise QuantizationError(f"max_tokens is {max_tokens!r}, expected a positive integer")
         own = session or self.session()
         sampler = Sampler(sampling or self._drawn_sampling(), self.info.vocab_size)
+        sampler.see(seen)
         sampler.see(tokens)
         return self._steps(list(tokens), max_tokens, sampler, stop, own, cancellation)
 
@@ -214,9 +241,7 @@ class LanguageModel:
         cancellation: Cancellation | None,
     ) -> Iterator[Step]:
         has_text = (self.directory / "tokenizer.json").is_file()
-        if stop and not has_text:
-            self.text  # noqa: B018 (says what is missing)
-        stream = self.text.stream(stop) if has_text else None
+        stream = self.text.stream(stop) if has_text or stop else None  # Without a tokenizer it says what is missing.
         for index in range(max_tokens):
             logits = self._native.forward([Append(session, tokens)], cancellation)
             if logits is None:
@@ -264,10 +289,13 @@ class LanguageModel:
                 begins anew. 0: as many as the model allows.
 
         Raises:
-            QuantizationError: fewer than two tokens.
+            QuantizationError: fewer than two tokens, or a window of fewer or of more than the model allows.
         """
+        most = self.info.max_position_embeddings
+        size = most if window == 0 else window
+        if isinstance(size, bool) or not isinstance(size, int) or not 2 <= size <= most:
+            raise QuantizationError(f"window is {window!r}, expected 0 or 2 to {most}")
         tokens = self._tokens(prompt)
-        size = window or self.info.max_position_embeddings
         total, count = 0.0, 0
         for first in range(0, len(tokens), size):
             part = tokens[first : first + size]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitcore import _c_api
-from bitcore.exceptions import QuantizationError
+from bitcore.exceptions import FileError, QuantizationError
 
 CacheForm = Literal["float16", "float32", "int8"]
 Rows = Literal["none", "last", "all"]
@@ -149,7 +149,7 @@ class Session:
             QuantizationError: it is negative, or beyond the present position.
             StateError: another thread uses the session.
         """
-        _c_api.call("bitlab_session_truncate", self._handle.pointer, position)
+        _c_api.call("bitlab_session_truncate", self._handle.pointer, integer("position", position))
 
     def fork(self) -> "Session":
         """A second session with the same tokens, which shares their memory."""
@@ -186,8 +186,11 @@ class NativeModel:
     def __init__(
         self, directory: str | PathLike[str], kernel: str | None, threads: int, map_weights: bool, check: bool
     ) -> None:
-        name = None if kernel is None else kernel.encode()
+        name = None if kernel is None else _c_text("kernel", kernel)
         path = fsencode(directory)
+        if b"\0" in path:
+            raise FileError(f"{directory!r}: a path has no NUL")
+        threads = integer("threads", threads)
         self._handle = _Handle("model", "bitlab_model_open", path, int(map_weights), int(check), name)
         self._pool = _Handle("pool", "bitlab_pool_new", threads) if threads else None
         info = _Info()
@@ -205,6 +208,7 @@ class NativeModel:
         """
         if cache not in _CACHES:
             raise QuantizationError(f"cache is {cache!r}, expected {' or '.join(map(repr, _CACHES))}")
+        context_limit = integer("context_limit", context_limit)
         handle = _Handle("session", "bitlab_session_new", self._handle.pointer, context_limit, _CACHES[cache])
         return Session(handle, context_limit or self.info.max_position_embeddings)
 
@@ -281,25 +285,24 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, vocab_size: int) -> None:
-        for name in ("seed", "choice"):
-            value = getattr(sampling, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**32:
-                raise QuantizationError(f"{name} is {value!r}, expected an integer from 0 to {2**32 - 1}")
-        tokens = _tokens([token for token, _ in sampling.logit_bias])
-        biases = np.array([bias for _, bias in sampling.logit_bias], np.float32)
+        pairs = sampling.logit_bias
+        if not isinstance(pairs, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+            raise QuantizationError(f"logit_bias is {pairs!r:.80}, expected pairs of a token and a number")
+        tokens = _tokens([token for token, _ in pairs])
+        biases = np.array([_real("logit_bias", bias) for _, bias in pairs], np.float32)
         fields = _Sampling(
-            sampling.repetition_penalty,
-            sampling.frequency_penalty,
-            sampling.presence_penalty,
+            _real("repetition_penalty", sampling.repetition_penalty),
+            _real("frequency_penalty", sampling.frequency_penalty),
+            _real("presence_penalty", sampling.presence_penalty),
             tokens.ctypes.data,
             biases.ctypes.data,
             len(tokens),
-            sampling.temperature,
-            sampling.top_k,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.seed,
-            sampling.choice,
+            _real("temperature", sampling.temperature),
+            integer("top_k", sampling.top_k),
+            _real("top_p", sampling.top_p),
+            _real("min_p", sampling.min_p),
+            integer("seed", sampling.seed, 0, 2**32 - 1),
+            integer("choice", sampling.choice, 0, 2**32 - 1),
         )
         self._handle = _Handle("sampler", "bitlab_sampler_new", ctypes.byref(fields), vocab_size)
 
@@ -324,6 +327,29 @@ class Sampler:
         arguments = (logits.ctypes.data, logits.size, words.ctypes.data if words.size else None, words.size)
         _c_api.call("bitlab_sampler_sample", self._handle.pointer, *arguments, ctypes.byref(token))
         return token.value
+
+
+def integer(name: str, value: object, least: int = -(2**31), most: int = 2**31 - 1) -> int:
+    """An argument for C, which would cut what is too large; who is called refuses what is too small.
+
+    Raises:
+        QuantizationError: it is no integer from `least` to `most`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
+        raise QuantizationError(f"{name} is {value!r:.80}, expected an integer from {max(least, 0)} to {most}")
+    return int(value)
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise QuantizationError(f"{name} is {value!r:.80}, expected a number")
+    return float(value)
+
+
+def _c_text(name: str, value: object) -> bytes:
+    if not isinstance(value, str) or "\0" in value:
+        raise QuantizationError(f"{name} is {value!r:.80}, expected a text without NUL")
+    return value.encode(errors="surrogateescape")
 
 
 def _tokens(tokens: Sequence[int] | NDArray[Any]) -> NDArray[np.int32]:

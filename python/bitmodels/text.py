@@ -2,6 +2,7 @@
 
 import json
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from datetime import datetime
@@ -62,7 +63,13 @@ class Text:
         return text
 
     def stream(self, stop: Sequence[str] = ()) -> "TextStream":
-        """Turns tokens that come one by one into text, up to the first of the `stop` strings."""
+        """Turns tokens that come one by one into text, up to the first of the `stop` strings.
+
+        Raises:
+            QuantizationError: a stop string that is empty or no text, or one alone instead of a list.
+        """
+        if isinstance(stop, str) or not all(isinstance(each, str) and each for each in stop):
+            raise QuantizationError(f"stop is {stop!r:.80}, expected texts that are not empty")
         return TextStream(self, stop)
 
     @cached_property
@@ -73,13 +80,10 @@ class Text:
 
     @cached_property
     def end_tokens(self) -> tuple[int, ...]:
-        """Which end an answer: those of generation_config.json, and the tokenizer's own."""
-        path = self.directory / "generation_config.json"
-        named = read_json(path).get("eos_token_id") if path.is_file() else None
-        found = [named] if isinstance(named, int) else list(named or [])
-        if (own := self._special("eos_token")) and (token := self.tokenizer.token_to_id(own)) is not None:
-            found.append(token)
-        return tuple(dict.fromkeys(found))
+        """Which end an answer by tokenizer_config.json."""
+        own = self._special("eos_token")
+        token = None if own is None else self.tokenizer.token_to_id(own)
+        return () if token is None else (token,)
 
     # ---- chat --------------------------------------------------------------------------------------------------------
 
@@ -107,28 +111,35 @@ class Text:
             "eos_token": self._special("eos_token") or "",
             **variables,
         }
+        template = self._template
         try:
-            text: str = self._template.render(**context)
-        except (TemplateError, TypeError) as error:
+            text: str = template.render(**context)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise QuantizationError(f"messages: the chat template refuses them: {error}") from error
         return text
 
     def _encode_apart(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
         """The template's own text with control tokens, and what stands in messages without."""
-        mark, contents = "\ue000{}\ue001", list(_texts(messages))
+        contents = list(_texts(messages))
+        before = f"\ue000{secrets.token_hex(8)}:"  # Which nobody can have written.
         numbers = iter(range(len(contents)))
-        marked = [_marked(message, mark, numbers) for message in messages]
+        marked = [_marked(message, before + "{}\ue001", numbers) for message in messages]
         tokens: list[int] = []
-        rest = self.render(marked, **variables)
+        # Every second piece is the number of a message, in the order in which the template has them.
+        for index, piece in enumerate(re.split(f"{before}([0-9]+)\ue001", self.render(marked, **variables))):
+            if index % 2:
+                content = _SURROGATE.sub("\ufffd", contents[int(piece)])
+                tokens += self._plain.encode(content, add_special_tokens=False).ids
+            else:
+                tokens += self.encode(piece, special=False)
+        return tokens
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The tokenizer for which there are no control tokens."""
         plain = Tokenizer.from_str(self.tokenizer.to_str())
         plain.encode_special_tokens = True
-        for number, content in enumerate(contents):
-            before, found, rest = rest.partition(mark.format(number))
-            tokens += self.encode(before, special=False)
-            if not found:  # The template leaves it out, or changes it.
-                continue
-            tokens += plain.encode(_SURROGATE.sub("\ufffd", content), add_special_tokens=False).ids
-        return tokens + self.encode(rest, special=False)
+        return plain
 
     @cached_property
     def _template(self) -> Any:
@@ -214,12 +225,20 @@ def _clean(message: Message) -> dict[str, Any]:
         raise QuantizationError(f"messages has {message!r:.80}, expected objects with a role")
     cleaned = {key: deepcopy(value) for key, value in message.items() if value is not None}
     if isinstance(content := cleaned.get("content"), list):
-        cleaned["content"] = "\n".join(part["text"] for part in content if part.get("type") == "text")
+        cleaned["content"] = "\n".join(_text_of(part) for part in content)
     for call in cleaned.get("tool_calls") or ():
-        function = call.get("function", {})
+        if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+            raise QuantizationError(f"messages has a tool call {call!r:.80}, expected an object with a function")
         if isinstance(function.get("arguments"), str):
             function["arguments"] = _arguments(function["arguments"])
     return cleaned
+
+
+def _text_of(part: object) -> str:
+    """Of a part of a message."""
+    if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(text := part.get("text"), str):
+        raise QuantizationError(f"messages has a part {part!r:.80}, expected texts: the model knows nothing else")
+    return text
 
 
 def _arguments(text: str) -> Any:

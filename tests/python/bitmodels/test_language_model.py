@@ -190,7 +190,7 @@ def test_penalties_bias_and_mask() -> None:
     assert [present.sample(logits.copy()) for _ in range(4)] == [0, 1, 3, 2]
     assert Sampler(Sampling(logit_bias=((2, 9.0),)), 4).sample(logits.copy()) == 2
     assert Sampler(Sampling(), 4).sample(logits.copy(), np.array([0b1100], np.uint32)) == 3
-    for mask, message in (([0], "allows no token"), ([1, 1], "mask has 2 words, expected 1")):
+    for mask, message in (([0], "no token is allowed by mask"), ([1, 1], "mask has 2 words, expected 1")):
         with pytest.raises(QuantizationError, match=message):
             Sampler(Sampling(), 4).sample(logits.copy(), np.array(mask, np.uint32))
 
@@ -210,6 +210,11 @@ def test_penalties_bias_and_mask() -> None:
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
         ({"choice": 0.5}, "choice is 0.5"),
+        ({"top_k": 2**64 + 1}, "top_k is 18446744073709551617"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"temperature": "a"}, "temperature is 'a'"),
+        ({"logit_bias": ((1, "x"),)}, "logit_bias is 'x'"),
+        ({"logit_bias": {1: 2.0}}, "logit_bias is {1: 2.0}, expected pairs"),
     ],
 )
 def test_sampling_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -260,8 +265,12 @@ def test_sessions(model: LanguageModel, directories: dict[str, Path]) -> None:
         LanguageModel.open(directories["bitnet, tied int8"]).forward([Append(session, [0])])
     with pytest.raises(QuantizationError, match="position is 1, expected 0 to 0"):
         session.truncate(1)
-    with pytest.raises(QuantizationError, match="context_limit is 65, expected 1 to 64"):
-        model.session(65)
+    for position in (2**64, 0.5, True):
+        with pytest.raises(QuantizationError, match="position is"):
+            session.truncate(position)  # type: ignore[arg-type]
+    for limit in (65, 2**64 + 5, 3.5):
+        with pytest.raises(QuantizationError, match=f"context_limit is {limit}, expected"):
+            model.session(limit)  # type: ignore[arg-type]
     bad: Any = "float8"
     with pytest.raises(QuantizationError, match="cache is 'float8'"):
         model.session(0, bad)
@@ -277,8 +286,14 @@ def test_opening(directories: dict[str, Path], tmp_path: Path) -> None:
         LanguageModel.open(tmp_path)
     with pytest.raises(KernelNotFoundError, match="NoKernel"):
         LanguageModel.open(directories["llama, int8 head"], kernel="NoKernel")
-    with pytest.raises(QuantizationError, match="threads is -1"):
-        LanguageModel.open(directories["llama, int8 head"], threads=-1)
+    for threads in (-1, 2**32 + 1, 1.5):
+        with pytest.raises(QuantizationError, match=f"threads is {threads}"):
+            LanguageModel.open(directories["llama, int8 head"], threads=threads)  # type: ignore[arg-type]
+    for odd in ("llama\0x", "\udcff"):
+        with pytest.raises(FileError):
+            LanguageModel.open(tmp_path / odd)
+    with pytest.raises(QuantizationError, match="kernel is 'a"):
+        LanguageModel.open(directories["llama, int8 head"], kernel="a\0b")
 
 
 def copy_of(source: Path, target: Path, **config: Any) -> Path:

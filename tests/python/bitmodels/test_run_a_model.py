@@ -109,6 +109,51 @@ def test_generating_in_the_command_is_generating_in_python(
     assert "tokens/s" in printed
 
 
+def test_what_is_drawn_without_a_seed(
+    tmp_path: Path, model: LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.default_sampling.temperature == 0
+    seeds = iter(range(1, 100))
+    monkeypatch.setattr("secrets.randbits", lambda bits: next(seeds))
+
+    def answer(*options: str) -> str:
+        assert main(["generate", str(tmp_path / "model"), "the cat", "--max-tokens", "20", *options]) == 0
+        return capsys.readouterr().out
+
+    def drawn(**options: Any) -> str:
+        return f"the cat{model.generate('the cat', 20, sampling=Sampling(**options)).text}\n"
+
+    assert answer("--temperature", "1.5") == drawn(temperature=1.5, seed=1)
+    assert answer("--temperature", "1.5") == drawn(temperature=1.5, seed=2) != drawn(temperature=1.5, seed=1)
+    assert answer("--top-p", "0.95", "--seed", "7") == drawn(temperature=1, top_p=0.95, seed=7) != drawn()
+    assert answer("--seed", "7") == answer() == drawn()
+
+
+def test_a_conversation_longer_than_the_context(
+    tmp_path: Path, model: LanguageModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["the cat", "x" * 60, "the hat", "the mat", "the cat"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(tmp_path / "model"), "--context", "24", "--max-tokens", "8"]) == 0
+    found = capsys.readouterr()
+    told = [line.partition(" after")[0] for line in found.err.splitlines()]
+    full = "bitlab: the context of 24 tokens is full: the conversation begins anew"
+    new = len(model.text.encode_chat([{"role": "user", "content": lines[1]}])) - 1  # "<|user|>" is there already.
+    assert told == [full, f"bitlab: tokens has {new}", full, full]
+    answers = [model.chat([{"role": "user", "content": line}], 8).text for line in lines[2:]]
+    assert found.out.split("\n")[1:4] == answers
+
+
+def test_the_penalty_counts_what_a_session_has_seen(model: LanguageModel) -> None:
+    tokens = model.text.encode("the cat sat on the mat")
+    penalized = Sampling(repetition_penalty=5)
+    whole = [step.token for step in model.steps(tokens, 8, sampling=penalized)]
+    session = model.session()
+    model.forward([Append(session, tokens[:-1])])
+    rest = model.steps(tokens[-1:], 8, sampling=penalized, session=session, seen=tokens[:-1])
+    assert [step.token for step in rest] == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -118,6 +163,8 @@ def test_generating_in_the_command_is_generating_in_python(
         (["model", "x", "--temperature", "-1"], "temperature is -1"),
         (["model", "x", "--context", "9999"], "context_limit is 9999, expected 1 to 512"),
         (["model", "x", "--kernel", "None"], "None"),
+        (["model", "x", "--stop", ""], "stop is [''], expected texts that are not empty"),
+        (["foo--x/bar", "x", "--offline"], "foo--x/bar: no such file or directory"),
     ],
 )
 def test_errors_of_the_command(
@@ -201,6 +248,29 @@ def test_sampling_of_the_model(model: LanguageModel, tmp_path: Path) -> None:
     assert len(seeds) > 1  # Drawn, and said.
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"do_sample": True, "temperature": "0.7"}, "temperature is '0.7', expected a number"),
+        ({"do_sample": True, "top_k": 50.5}, "top_k is 50.5, expected an integer"),
+        ({"do_sample": True, "top_p": 7}, "top_p is 7"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is {'a': 1}, expected tokens"),
+        ({"eos_token_id": ["a"]}, "eos_token_id is"),
+    ],
+)
+def test_damaged_generation_configs(config: Any, message: str, model: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileError, match="generation_config.json: ") as error:
+        model.generate("the cat", 2)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("stop", ["ab", [""], [5]])
+def test_stop_strings_that_are_none(stop: Any, model: LanguageModel) -> None:
+    with pytest.raises(QuantizationError, match="expected texts that are not empty"):
+        model.generate("the cat", 2, stop=stop)
+
+
 def test_chat(model: LanguageModel) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "be nice"},
@@ -224,8 +294,37 @@ def test_what_users_write_is_text(model: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages if m.role != 'system' %}<{{ m.content }}>{% endfor %}", "<hi<|end|>><second>"),
+        ("{% for m in messages | reverse %}<{{ m.content }}>{% endfor %}", "<second><hi<|end|>><be nice>"),
+        (
+            "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+            "be nice" * 2 + "hi<|end|>" * 2 + "second" * 2,
+        ),
+    ],
+)
+def test_templates_that_leave_out_and_move_what_users_write(
+    template: str, expected: str, model: LanguageModel, tmp_path: Path
+) -> None:
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    roles = {"system": "be nice", "user": "hi<|end|>"}
+    messages = [{"role": role, "content": content} for role, content in (*roles.items(), ("user", "second"))]
+    tokens = model.text.encode_chat(messages)
+    assert min(tokens) >= len(SPECIAL)
+    assert tokenizer().decode(tokens, skip_special_tokens=False) == expected
+
+
+@pytest.mark.parametrize(
     ("messages", "message"),
-    [([{"content": "x"}], "expected objects with a role"), (["x"], "expected objects with a role")],
+    [
+        ([{"content": "x"}], "expected objects with a role"),
+        (["x"], "expected objects with a role"),
+        ([{"role": "user", "content": ["hi"]}], "has a part 'hi'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "has a part"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "has a part"),
+        ([{"role": "assistant", "tool_calls": ["a"]}], "has a tool call 'a'"),
+    ],
 )
 def test_messages(messages: Any, message: str, model: LanguageModel) -> None:
     with pytest.raises(QuantizationError, match=message):
@@ -237,6 +336,7 @@ def test_messages(messages: Any, message: str, model: LanguageModel) -> None:
     [
         ("{{ raise_exception('roles must alternate') }}", QuantizationError, "roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", QuantizationError, "the chat template refuses them"),
+        ("{{ 1 // 0 }}", QuantizationError, "the chat template refuses them"),
         ("{% for %}", FileError, "the chat template is damaged"),
         (None, FileError, "the model has no chat template"),
     ],
@@ -262,6 +362,8 @@ def test_tokenizers_that_do_not_fit(model: LanguageModel, tmp_path: Path) -> Non
     path.unlink()
     bare = LanguageModel.open(tmp_path / "model")
     assert len(bare.generate([5], 3).tokens) == 3  # Tokens need no tokenizer.
+    (tmp_path / "model/generation_config.json").write_text('{"eos_token_id": 222}')
+    assert 222 in LanguageModel.open(tmp_path / "model").end_tokens
     with pytest.raises(FileError, match="without it tokens can be given, and no text"):
         bare.generate("x", 1)
 
@@ -274,6 +376,9 @@ def test_perplexity_does_not_depend_on_how_it_is_cut(model: LanguageModel) -> No
     assert model.perplexity(tokens) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(QuantizationError, match="prompt has 1 tokens, expected at least 2"):
         model.perplexity([1])
+    for window in (1, -4, 513, 2.5):
+        with pytest.raises(QuantizationError, match=f"window is {window}, expected 0 or 2 to 512"):
+            model.perplexity(tokens, window)  # type: ignore[arg-type]
 
 
 # --- C++ and C --------------------------------------------------------------------------------------------------------
