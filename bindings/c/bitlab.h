@@ -127,7 +127,8 @@ typedef int32_t bitlab_logits;
 enum {
   BITLAB_LOGITS_NONE = 0,  ///< None.
   BITLAB_LOGITS_LAST = 1,  ///< The last one.
-  BITLAB_LOGITS_ALL = 2    ///< All.
+  BITLAB_LOGITS_ALL = 2,   ///< All.
+  BITLAB_HIDDEN = 3        ///< All, but not logits: the final norm, to which the head is applied.
 };
 
 /// What a model is.
@@ -151,7 +152,7 @@ typedef struct bitlab_input {
   const int32_t* tokens;    ///< At least one.
   int64_t token_count;      ///< Their number.
   bitlab_logits logits;     ///< What `output` gets.
-  float* output;            ///< (rows, vocab_size), row-major.
+  float* output;            ///< (rows, vocab_size), row-major; BITLAB_HIDDEN: (rows, hidden_size).
   int64_t output_floats;    ///< Of `output`.
 } bitlab_input;
 

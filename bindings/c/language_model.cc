@@ -57,8 +57,10 @@ bitmodels::Logits logits_of(bitlab_logits logits) {
       return bitmodels::Logits::last;
     case BITLAB_LOGITS_ALL:
       return bitmodels::Logits::all;
+    case BITLAB_HIDDEN:
+      return bitmodels::Logits::hidden;
   }
-  throw QuantizationError("logits is " + std::to_string(logits) + ", expected 0 to 2");
+  throw QuantizationError("logits is " + std::to_string(logits) + ", expected 0 to 3");
 }
 
 bitmodels::CacheForm cache_of(bitlab_cache cache) {

@@ -92,11 +92,12 @@ class Session {
   std::unique_ptr<detail::SessionState> state_;
 };
 
-/// Which of the tokens of an Input get logits.
+/// What the tokens of an Input give.
 enum class Logits {
-  none,  ///< The tokens are only put into the cache.
-  last,  ///< One row, for the token that follows.
-  all,   ///< A row for each token.
+  none,    ///< Nothing: they are only put into the cache.
+  last,    ///< One row of logits, for the token that follows.
+  all,     ///< A row of logits for each token.
+  hidden,  ///< A row of hidden_size for each token: the final norm, to which the head is applied.
 };
 
 /// Tokens that are appended to a session.
@@ -104,7 +105,7 @@ struct Input {
   Session* session = nullptr;          ///< Not null; no session twice in one call.
   std::span<const Token> tokens = {};  ///< At least one.
   Logits logits = Logits::last;        ///< What `output` gets.
-  std::span<float> output = {};        ///< (rows, vocab_size), row-major: as many rows as `logits` says.
+  std::span<float> output = {};        ///< (rows, vocab_size or hidden_size), row-major, as `logits` says.
 };
 
 /// How a forward runs, never what it computes.

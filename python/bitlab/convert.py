@@ -80,6 +80,7 @@ def print_conversion(conversion: Conversion, console: Console) -> None:
         f"activations of ternary layers: int8, a scale per {per}",
         f"tokenizer: {conversion.tokenizer}",
         *conversion.notes,
+        *([] if conversion.head_change is None else [str(conversion.head_change)]),
         f"{conversion.target}: import bitlayers.transformers, then from_pretrained() loads it",
     ]
     for line in lines:

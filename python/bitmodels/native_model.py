@@ -15,11 +15,11 @@ from bitcore import _c_api
 from bitcore.exceptions import FileError, QuantizationError
 
 CacheForm = Literal["float16", "float32", "int8"]
-Rows = Literal["none", "last", "all"]
+Rows = Literal["none", "last", "all", "hidden"]
 Logits = NDArray[np.float32]
 
 _CACHES = {"float16": 0, "float32": 1, "int8": 2}
-_ROWS = {"none": 0, "last": 1, "all": 2}
+_ROWS = {"none": 0, "last": 1, "all": 2, "hidden": 3}
 _LARGEST_TOKEN = 2**31 - 1
 
 
@@ -157,7 +157,7 @@ class Session:
 
 
 class Append(NamedTuple):
-    """Tokens for a session, and which of them get logits."""
+    """Tokens for a session, and which of them get logits ("hidden": all get what the head is applied to)."""
 
     session: Session
     tokens: Sequence[int] | NDArray[np.int32]
@@ -215,6 +215,8 @@ class NativeModel:
     def forward(self, appends: Iterable[Append], cancellation: Cancellation | None = None) -> list[Logits] | None:
         """Appends tokens to sessions, in one pass. Returns logits (rows, vocab_size) for each; None if cancelled.
 
+        For rows "hidden" it is (rows, hidden_size) instead: the states after the last norm.
+
         Raises:
             QuantizationError: no tokens, one outside of the vocabulary, more than the context limit allows, a session
                 of another model.
@@ -244,8 +246,8 @@ class NativeModel:
     def _output(self, rows: str, tokens: int) -> Logits:
         if rows not in _ROWS:
             raise QuantizationError(f"rows is {rows!r}, expected {' or '.join(map(repr, _ROWS))}")
-        count = {"none": 0, "last": 1, "all": tokens}[rows]
-        return np.empty((count, self.info.vocab_size), np.float32)
+        count = {"none": 0, "last": 1}.get(rows, tokens)
+        return np.empty((count, self.info.hidden_size if rows == "hidden" else self.info.vocab_size), np.float32)
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,7 @@ class Pass {
         f_(model.functions),
         segments_(workspace.segments),
         logits_(workspace.logits),
+        hidden_(workspace.hidden),
         units_(workspace.units),
         executor_(executor),
         cancelled_(cancelled),
@@ -113,6 +114,7 @@ class Pass {
       attend(layer, static_cast<std::int64_t>(i));
       feed_forward(layer);
     }
+    compute_hidden();
     compute_logits();
     return true;
   }
@@ -461,6 +463,18 @@ class Pass {
   // ---- logits
   // ----------------------------------------------------------------------------------------------------------
 
+  void final_norm(const WantedRow& wanted, float* out) const {
+    f_.rms_norm(b_->hidden + wanted.row * info_.hidden_size, model_.decoder.final_norm.data(), info_.hidden_size,
+                config_.rms_norm_eps, out);
+  }
+
+  void compute_hidden() {
+    for_rows(static_cast<std::int64_t>(hidden_.size()), info_.hidden_size, [&](std::int64_t i) {
+      const WantedRow& wanted = hidden_[static_cast<std::size_t>(i)];
+      final_norm(wanted, wanted.output);
+    });
+  }
+
   void compute_logits() {
     const auto count = static_cast<std::int64_t>(logits_.size());
     for (std::int64_t first = 0; first < count; first += kLogitRows) {
@@ -469,13 +483,11 @@ class Pass {
     }
   }
 
-  void logits_of(std::span<const LogitRow> rows) {
+  void logits_of(std::span<const WantedRow> rows) {
     const auto count = static_cast<std::int64_t>(rows.size());
     const std::int64_t hidden = info_.hidden_size, vocabulary = info_.vocab_size;
-    for_rows(count, hidden, [&](std::int64_t i) {
-      f_.rms_norm(b_->hidden + rows[static_cast<std::size_t>(i)].row * hidden, model_.decoder.final_norm.data(), hidden,
-                  config_.rms_norm_eps, b_->logit_x + i * hidden);
-    });
+    for_rows(count, hidden,
+             [&](std::int64_t i) { final_norm(rows[static_cast<std::size_t>(i)], b_->logit_x + i * hidden); });
     float* const y = count == 1 ? rows[0].output : b_->logits;
     multiply(model_.decoder.head(), b_->logit_x, count, y);
     for_rows(count, vocabulary, [&](std::int64_t i) {
@@ -503,7 +515,8 @@ class Pass {
   const DecoderConfig& config_;
   const bitlayers::LayerFunctions& f_;
   std::vector<Segment>& segments_;
-  const std::vector<LogitRow>& logits_;
+  const std::vector<WantedRow>& logits_;
+  const std::vector<WantedRow>& hidden_;
   std::vector<AttentionUnit>& units_;
   bitcore::Executor& executor_;
   const std::atomic<bool>* const cancelled_;

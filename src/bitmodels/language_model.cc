@@ -135,10 +135,19 @@ class Borrowed {
   std::unique_ptr<Workspace> workspace_;
 };
 
-std::int64_t logit_rows(const Input& input) {
-  return input.logits == Logits::none   ? 0
-         : input.logits == Logits::last ? 1
-                                        : static_cast<std::int64_t>(input.tokens.size());
+std::int64_t output_floats(const Input& input, const LanguageModelInfo& info) {
+  const auto tokens = static_cast<std::int64_t>(input.tokens.size());
+  switch (input.logits) {
+    case Logits::none:
+      return 0;
+    case Logits::last:
+      return info.vocab_size;
+    case Logits::all:
+      return tokens * info.vocab_size;
+    case Logits::hidden:
+      return tokens * info.hidden_size;
+  }
+  bitcore::fail("logits is ", static_cast<int>(input.logits), ", expected none, last, all or hidden");
 }
 
 void check_input(const Input& input, const SessionState& session, const LanguageModelInfo& info) {
@@ -153,7 +162,7 @@ void check_input(const Input& input, const SessionState& session, const Language
     bitcore::fail("tokens has ", count, " after ", session.position, ", and the context limit is ",
                   session.context_limit);
   }
-  const std::int64_t expected = logit_rows(input) * info.vocab_size;
+  const std::int64_t expected = output_floats(input, info);
   if (static_cast<std::int64_t>(input.output.size()) != expected) {
     bitcore::fail("output has ", input.output.size(), " floats, expected ", expected);
   }
@@ -186,14 +195,18 @@ class Passes {
     SessionState& session = *sessions_[index];
     const auto tokens = input.tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(rows));
     workspace_.segments.push_back({&session, tokens, session.position + first, rows_, -1});
-    const auto count = static_cast<std::int64_t>(input.tokens.size());
-    for (std::int64_t row = 0; row < rows; ++row) {
-      const bool is_last = first + row == count - 1;
-      if (input.logits == Logits::none || (input.logits == Logits::last && !is_last)) continue;
-      const std::int64_t output = input.logits == Logits::last ? 0 : first + row;
-      workspace_.logits.push_back({rows_ + row, input.output.data() + output * model_.info().vocab_size});
-    }
+    for (std::int64_t row = 0; row < rows; ++row) want(input, first + row, rows_ + row);
     rows_ += rows;
+  }
+
+  // What token `index` of an input gives, which is a row of the pass.
+  void want(const Input& input, std::int64_t index, std::int64_t row) {
+    const LanguageModelInfo& info = model_.info();
+    float* const output = input.output.data();
+    if (input.logits == Logits::all) workspace_.logits.push_back({row, output + index * info.vocab_size});
+    if (input.logits == Logits::hidden) workspace_.hidden.push_back({row, output + index * info.hidden_size});
+    const bool is_last = index + 1 == static_cast<std::int64_t>(input.tokens.size());
+    if (input.logits == Logits::last && is_last) workspace_.logits.push_back({row, output});
   }
 
   bool run_one() {
@@ -206,6 +219,7 @@ class Passes {
   void clear() {
     workspace_.segments.clear();
     workspace_.logits.clear();
+    workspace_.hidden.clear();
     rows_ = 0;
   }
 

@@ -21,10 +21,10 @@ struct Segment {
   std::int64_t split_row = -1;  ///< Of those rows whose blocks are units of their own; -1: it has none.
 };
 
-/// A row whose logits are asked for.
-struct LogitRow {
+/// A row whose logits, or whose final norm, are asked for.
+struct WantedRow {
   std::int64_t row;
-  float* output;  ///< vocab_size floats.
+  float* output;  ///< vocab_size floats, or hidden_size.
 };
 
 /// Attention of adjacent rows of a segment, of the query heads that share one key head.
@@ -41,7 +41,8 @@ class Workspace {
  public:
   std::vector<SessionState*> sessions;
   std::vector<Segment> segments;
-  std::vector<LogitRow> logits;
+  std::vector<WantedRow> logits;
+  std::vector<WantedRow> hidden;
   std::vector<AttentionUnit> units;
 
   /// At least so many bytes, aligned to a cache line; what was in it is lost if it grows.

@@ -24,6 +24,7 @@ from bitmodels.checkpoints.parts import Part, Wish
 from bitmodels.checkpoints.stored import Checkpoint, StoredTensor, release
 from bitmodels.checkpoints.stream import Output, SafetensorsStream
 from bitmodels.checkpoints.tokenizer import TOKENIZER, copied_files, require_fit
+from bitmodels.native_model import Append, NativeModel
 
 Layout = Literal["2bit", "1.6bit"]
 Head = Literal["int8", "keep"]
@@ -34,12 +35,28 @@ Progress = Callable[[int, int, str], None]
 # Ends of names: buffers that old checkpoints hold and nobody reads; scales that are 1; what config.json says instead.
 _IGNORED = ("rotary_emb.inv_freq",)
 _IGNORED_GGUF = (".scale", *gguf_model.ROPE_FACTORS)
+_PROMPT = 16  # Tokens.
 _CHOICES: dict[str, tuple[object, ...]] = {
     "layout": ("2bit", "1.6bit"),
     "head": ("int8", "keep"),
     "scales": (None, "multiply", "divide"),
     "hidden_act": (None, "silu", "relu2"),
 }
+
+
+@dataclass(frozen=True)
+class HeadChange:
+    """What int8 codes in the head change in the logits of a fixed prompt."""
+
+    largest: float
+    deviation: float  # The standard deviation of these logits, for comparison.
+    tokens: int  # Of the prompt.
+
+    def __str__(self) -> str:
+        return (
+            f"the int8 head changes a logit by {self.largest:.2g} at most, on a fixed prompt of {self.tokens} tokens "
+            f"(their standard deviation is {self.deviation:.2g})"
+        )
 
 
 @dataclass
@@ -56,6 +73,7 @@ class Conversion:
     bytes_after: int
     seconds: float  # Without what `check` took.
     notes: list[str] = field(default_factory=list)  # What had to be changed or rounded.
+    head_change: HeadChange | None = None  # None: the head is not int8.
 
     @property
     def parameters(self) -> int:
@@ -111,6 +129,7 @@ def convert_checkpoint(
         size = _write_weights(directory / WEIGHTS, found.parts, progress)
         for name, text in texts.items():
             _write(directory / name, text)
+        head_change = _head_change(found, directory)
         seconds = time.perf_counter() - begin
         if check is not None:
             check(directory)
@@ -128,6 +147,7 @@ def convert_checkpoint(
         size,
         seconds,
         _notes(found),
+        head_change,
     )
 
 
@@ -410,6 +430,29 @@ def _notes(found: _Source) -> list[str]:
             "value at most"
         )
     return notes
+
+
+def _head_change(found: _Source, directory: Path) -> HeadChange | None:
+    """Compares the logits of what was written with those of the head that the source has."""
+    name = EMBEDDING if found.decoder.tied else HEAD
+    head = next((part for part in found.parts if part.name == name and part.kind == "int8"), None)
+    if head is None:
+        return None
+    model = NativeModel(directory, kernel=None, threads=0, map_weights=True, check=False)
+    count = min(_PROMPT, model.info.max_position_embeddings)
+    tokens = [(37 * i + 11) % model.info.vocab_size for i in range(count)]
+    answers = model.forward([Append(model.session(), tokens, rows) for rows in ("hidden", "all")])
+    assert answers is not None  # Nobody can cancel it.
+    hidden, logits = answers
+    hidden = hidden / np.float32(found.decoder.config.get("logits_scaling", 1))
+    (tensor,) = head.tensors
+    largest, first = 0.0, 0
+    for rows in dense.chunks(tensor):
+        part = logits[:, first : first + len(rows)]
+        largest = max(largest, float(np.abs(hidden @ rows.T - part).max()))
+        first += len(rows)
+        release(tensor)
+    return HeadChange(largest, float(logits.std()), count)
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -393,6 +393,31 @@ TEST(LanguageModelSessions, LogitsOfTheRowsThatAsk) {
   EXPECT_TRUE(model.forward({}));  // nothing to do
 }
 
+// Hidden states do not depend on the split either, and logits may be asked for beside them.
+TEST(LanguageModelSessions, HiddenRows) {
+  const LanguageModel model = llama();
+  const Tokens tokens = tokens_of(kCount);
+  const auto width = static_cast<std::size_t>(model.info().hidden_size);
+  const auto hidden_of = [&](std::size_t first) {
+    Session one = model.new_session(), two = model.new_session();
+    Floats hidden(tokens.size() * width), logits = room_for(model, tokens.size());
+    const std::span<const Token> all(tokens);
+    const std::span<float> out(hidden);
+    const Input inputs[] = {{&one, all.first(first), Logits::hidden, out.first(first * width)},
+                            {&two, all, Logits::all, logits}};
+    EXPECT_TRUE(model.forward(inputs));
+    EXPECT_EQ(hash_of(logits), kinds()[0].hashes[0]);
+    const Input rest{&one, all.subspan(first), Logits::hidden, out.subspan(first * width)};
+    EXPECT_TRUE(model.forward({&rest, 1}));
+    return hidden;
+  };
+  EXPECT_EQ(bits_of(hidden_of(1)), bits_of(hidden_of(33)));
+  Session session = model.new_session();
+  Floats small(width * tokens.size() - 1);
+  const Input input{&session, tokens, Logits::hidden, small};
+  expect_error<QuantizationError>([&] { model.forward({&input, 1}); }, {"output has", std::to_string(small.size())});
+}
+
 TEST(LanguageModelSessions, OutliveTheirModelAndItsFiles) {
   const Kind& kind = kind_of("Qwen3");
   const fs::path directory = Folder::get().make("gone");

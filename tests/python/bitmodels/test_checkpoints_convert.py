@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 import oracle
 from bitcore.exceptions import FileError, QuantizationError
 from bitlab.cli import main
+from bitmodels import LanguageModel
 from bitmodels.checkpoints import conversion as conversion_module
 from bitmodels.checkpoints import convert_checkpoint
 from bitmodels.checkpoints.conversion import Conversion
@@ -107,6 +108,33 @@ def assert_int8(result: Result, name: str, values: Array) -> None:
     scale = np.abs(values).max(1) / np.float32(127)
     np.testing.assert_array_equal(result.tensors[f"{name}_scale"], scale)
     np.testing.assert_array_equal(result.tensors[name], np.rint(values / scale[:, None]).astype(np.int8))
+
+
+def test_what_an_int8_head_changes_is_reported(tmp_path: Path) -> None:
+    model = tiny("llama", scales="tensor")
+    source = hugging_face(tmp_path / "source", model, as_packed(model, divides=True), DIVIDES)
+    _, found = convert(source)
+    kept = convert_checkpoint(source, tmp_path / "kept", head="keep")
+    assert kept.head_change is None
+    change = found.head_change
+    assert change is not None
+    assert change.tokens == 16
+    tokens = [(37 * i + 11) % 96 for i in range(16)]
+    exact, logits = (LanguageModel.open(each.target).logits(tokens) for each in (kept, found))
+    assert change.largest == pytest.approx(np.abs(exact - logits).max(), rel=1e-3)
+    assert change.deviation == pytest.approx(logits.std(), rel=1e-6)
+    assert 0 < change.largest < change.deviation / 10
+    assert f"the int8 head changes a logit by {change.largest:.2g} at most" in str(change)
+
+
+@pytest.mark.parametrize("kind", ["bitnet", "minicpm"])
+def test_what_a_tied_int8_head_changes_is_little(kind: str, tmp_path: Path) -> None:
+    """MiniCPM's logits are scaled: comparing with others would show a large difference."""
+    model = tiny(kind, scales="tensor", tied=True)
+    _, found = convert(hugging_face(tmp_path / "source", model, as_packed(model, divides=True), DIVIDES))
+    change = found.head_change
+    assert change is not None
+    assert 0 < change.largest < change.deviation / 10
 
 
 # --- Hugging Face -----------------------------------------------------------------------------------------------------

@@ -83,6 +83,19 @@ def test_forked_and_truncated_sessions(named: str, cache: Any, directories: dict
         assert logits.tobytes() == expected[begin:].tobytes()
 
 
+def test_hidden_rows_are_what_the_head_is_applied_to(tmp_path: Path) -> None:
+    made = tiny("llama")
+    convert_checkpoint(hugging_face(tmp_path / "source", made, as_floats(made)), tmp_path / "model", head="keep")
+    model = LanguageModel.open(tmp_path / "model")
+    tokens = [(i * i) % 96 for i in range(50)]
+    found = model.forward([Append(model.session(), tokens, rows) for rows in ("hidden", "all")])
+    assert found is not None
+    hidden, logits = found
+    assert hidden.shape == (50, model.info.hidden_size)
+    head = made.floats["lm_head.weight"].astype(np.float64)
+    np.testing.assert_allclose(hidden @ head.T, logits, rtol=1e-4, atol=1e-5)
+
+
 def test_long_contexts_go_over_blocks(tmp_path: Path) -> None:
     """600 positions are three blocks of the cache; forks share the full ones."""
     source = tiny("llama", 64, max_position_embeddings=1024)
