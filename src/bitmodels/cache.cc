@@ -1,7 +1,6 @@
 #include "bitmodels/cache.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "bitcore/base/math.h"
 
@@ -35,10 +34,7 @@ CacheView::CacheView(const CacheLayout& layout, std::byte* block, std::int64_t l
 void Cache::reserve(std::int64_t first, std::int64_t last) {
   for (std::int64_t index = first / kBlockPositions; index * kBlockPositions < last; ++index) {
     const auto place = static_cast<std::size_t>(index);
-    if (place < blocks_.size() && blocks_[place].use_count() == 1) {
-      std::atomic_thread_fence(std::memory_order_acquire);  // after the last reads of a fork that is gone
-      continue;
-    }
+    if (place < blocks_.size() && blocks_[place].use_count() == 1) continue;
     auto block = std::make_shared<CacheBlock>(layout_.block_bytes);
     if (place == blocks_.size()) {
       blocks_.push_back(std::move(block));

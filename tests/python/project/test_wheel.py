@@ -100,8 +100,8 @@ def test_what_it_requires(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         required = re.findall("^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
-    always = {re.split("[<>=]", line)[0] for line in required if "extra" not in line}
-    assert always == {"gguf", "jinja2", "numpy", "rich", "safetensors", "tokenizers"}
+    always = {re.split("[<>=]", line)[0].replace("_", "-") for line in required if "extra" not in line}
+    assert always == {"gguf", "huggingface-hub", "jinja2", "numpy", "rich", "safetensors", "tokenizers"}
     assert any(re.fullmatch(r"torch>=2\.10; extra == [\"']torch[\"']", line) for line in required)
 
 
