@@ -96,8 +96,7 @@ BITLAB_EXPORT bitlab_status bitlab_prepare_weights(bitlab_matrix weight, bitlab_
                                                    int64_t group_size, bitlab_layout layout, void* scale,
                                                    size_t scale_bytes, uint8_t* packed, size_t packed_bytes);
 
-// ---- language models
-// -------------------------------------------------------------------------------------------------
+// ---- language models ----------------------------------------------------------------------------------------------
 //
 // A model is opened once and shared by any number of threads. A session holds the keys and values of the tokens that it
 // has seen; one thread at a time may use it, which is checked. Free sessions, samplers and pools at any time; a model
@@ -122,7 +121,7 @@ enum {
   BITLAB_CACHE_INT8 = 2      ///< Codes, and a scale per token and head.
 };
 
-/// Which tokens of an input get logits.
+/// What the tokens of an input give.
 typedef int32_t bitlab_logits;
 enum {
   BITLAB_LOGITS_NONE = 0,  ///< None.

@@ -133,9 +133,8 @@ class LanguageModel {
   /// Appends tokens to sessions and computes logits; one pass for the rows of all of them. Positions change only if all
   /// went well.
   /// @return false if it was cancelled: no session has changed.
-  /// @throws QuantizationError for an empty input, a token outside of the vocabulary, more tokens than the context
-  /// limit
-  ///     allows, an output of another size, a session of another model or twice; for damaged weights.
+  /// @throws QuantizationError for an empty input, a token outside of the vocabulary, more tokens than the
+  ///     context limit allows, an output of another size, a session of another model or twice; for damaged weights.
   /// @throws StateError for a session that another thread uses.
   bool forward(std::span<const Input> inputs, const ForwardOptions& options = {}) const;
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 import bitlayers.transformers  # noqa: F401 (makes "bitlab" known to from_pretrained)
 from bitcore.exceptions import FileError
-from bitlayers import Int8Linear
 from bitmodels.checkpoints.huggingface import CONFIG, read_json
 
 PROMPTS, TOKENS = 3, 32
@@ -37,10 +36,10 @@ def verify(source: Path, directory: Path) -> list[str]:
         return [f"not verified: transformers has no class {named[0]}"]
     with torch.inference_mode(), _quietly(), torch.compiler.set_stance("force_eager"):  # Their layers compile parts.
         try:
-            expected, head = _of_source(source)
+            expected = _of_source(source)
         except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:  # All that it is known to raise.
             return [f"not verified: transformers cannot run the source: {str(error).splitlines()[0][:200]}"]
-        found, head_difference = _of_target(directory, head)
+        found = _logits(_load(directory))
     distance = float((found - expected).norm() / expected.norm())
     agreeing = int((found.argmax(-1) == expected.argmax(-1)).sum())
     if not distance <= LARGEST_DISTANCE:
@@ -48,36 +47,19 @@ def verify(source: Path, directory: Path) -> list[str]:
             f"{source}: the converted model's logits differ from those of transformers by {distance:.2g} of their "
             f"size, expected {LARGEST_DISTANCE} at most: nothing was written"
         )
-    lines = [
+    return [
         f"verified: logits differ from transformers' by {distance:.2g} of their size, by "
-        f"{_largest(found, expected):.2g} at most (their deviation is {float(expected.std()):.2g}); "
+        f"{float((found - expected).abs().max()):.2g} at most (their deviation is {float(expected.std()):.2g}); "
         f"{agreeing} of {PROMPTS * TOKENS} first choices agree"
     ]
-    if head_difference is not None:
-        lines.append(f"verified: the int8 head alone changes a logit by {head_difference:.2g} at most")
-    return lines
 
 
-def _of_source(source: Path) -> tuple[Tensor, Tensor]:
-    """Logits, and the head's weight."""
+def _of_source(source: Path) -> Tensor:
     model = _load(source)
     for tensor in (*model.parameters(), *model.buffers()):  # Some of its own layers keep the checkpoint's dtype.
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    logits = _logits(model, _prompts(model.config.vocab_size))
-    head: Tensor = model.get_output_embeddings().weight
-    return logits, head.float()
-
-
-def _of_target(directory: Path, head: Tensor) -> tuple[Tensor, float | None]:
-    """Logits, and by how much the int8 head changes one; None where it is no int8 head."""
-    model = _load(directory)
-    prompts = _prompts(model.config.vocab_size)
-    logits = _logits(model, prompts)
-    if not isinstance(model.get_output_embeddings(), Int8Linear):
-        return logits, None
-    hidden = model.base_model(prompts).last_hidden_state
-    return logits, _largest(model.get_output_embeddings()(hidden), hidden @ head.T)
+    return _logits(model)
 
 
 @contextmanager
@@ -106,11 +88,7 @@ def _prompts(vocabulary: int) -> Tensor:
     return ((index * index * 7919 + index * 104729 + 13) % vocabulary).view(PROMPTS, TOKENS)
 
 
-def _logits(model: Any, prompts: Tensor) -> Tensor:
-    """Without each position's mean, on which no choice depends."""
-    values: Tensor = model(prompts).logits.float()
+def _logits(model: Any) -> Tensor:
+    """Of the prompts, without each position's mean, on which no choice depends."""
+    values: Tensor = model(_prompts(model.config.vocab_size)).logits.float()
     return values - values.mean(-1, keepdim=True)
-
-
-def _largest(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max())

@@ -52,7 +52,7 @@ struct LayerFunctions {
   /// The row as float32, times its scale.
   void (*dense_row)(const DenseMatrix& w, std::int64_t row, float* out);
 
-  /// out = exp(in), erf(in), tanh(in): for tests, and attention.
+  /// out = exp(in), of the sampler; erf(in) and tanh(in), for tests.
   void (*exp)(const float* in, std::int64_t count, float* out);
   void (*erf)(const float* in, std::int64_t count, float* out);
   void (*tanh)(const float* in, std::int64_t count, float* out);

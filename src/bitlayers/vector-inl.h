@@ -42,8 +42,7 @@ inline float fused_multiply_add(float a, float b, float c) {
   return static_cast<float>(std::bit_cast<double>(bits));
 }
 
-// ---- what a machine provides: a vector of floats, one of as many int32, and operations on them
-// ------------------------
+// ---- what a machine provides: a vector of floats, one of as many int32, and operations on them --------------------
 
 #if defined(__AVX512F__)
 
@@ -260,8 +259,7 @@ struct Native {
 
 #endif
 
-// ---- sixteen lanes
-// -----------------------------------------------------------------------------------------------------
+// ---- sixteen lanes ------------------------------------------------------------------------------------------------
 
 inline constexpr int kParts = kLanes / Native::kLanes;
 
@@ -350,8 +348,7 @@ template <int kCount>
   return select(unordered(a, b), a + b, select(a < b, b, a));
 }
 
-// ---- memory
-// ------------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 template <class Element, class Load>
 [[gnu::always_inline]] inline Floats load_parts(const Element* p, const Load& load) {
@@ -364,9 +361,6 @@ template <class Element, class Load>
 }
 [[gnu::always_inline]] inline Floats load_float16(const std::uint16_t* p) {
   return load_parts(p, [](const std::uint16_t* q) { return Native::from_float16(q); });
-}
-[[gnu::always_inline]] inline Floats load_bfloat16(const std::uint16_t* p) {
-  return load_parts(p, [](const std::uint16_t* q) { return Native::from_bfloat16(q); });
 }
 [[gnu::always_inline]] inline Floats load_int8(const std::int8_t* p) {
   return load_parts(p, [](const std::int8_t* q) { return Native::from_int8(q); });
@@ -403,8 +397,7 @@ inline Ints first_lanes(std::int64_t count) {
   return load(numbers) < all(static_cast<float>(count));
 }
 
-// ---- the contract's sum
-// ------------------------------------------------------------------------------------------------
+// ---- the contract's sum -------------------------------------------------------------------------------------------
 
 /// Lanes fold 16 to 8, 4, 2, 1: l + l+8, then l + l+4, l + l+2, l + l+1.
 [[gnu::always_inline]] inline float fold(const Floats& a) {
@@ -428,24 +421,14 @@ inline Ints first_lanes(std::int64_t count) {
 }
 
 /// dot(a, b): element i goes to lane i mod 16, each lane is fma(a_i, b_i, lane) in order, from 0.
-/// @param load_a, load_b Loads of sixteen elements from an index on.
-/// @param tail_a, tail_b The same of the last `count` < 16.
-template <class LoadA, class LoadB, class TailA, class TailB>
-[[gnu::always_inline]] inline float dot_of(std::int64_t count, const LoadA& load_a, const LoadB& load_b,
-                                           const TailA& tail_a, const TailB& tail_b) {
+inline float dot(const float* a, const float* b, std::int64_t count) {
   Floats lanes = all(0.0f);
   std::int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) lanes = fma(load_a(i), load_b(i), lanes);
-  if (i < count) lanes = select(first_lanes(count - i), fma(tail_a(i, count - i), tail_b(i, count - i), lanes), lanes);
+  for (; i + kLanes <= count; i += kLanes) lanes = fma(load(a + i), load(b + i), lanes);
+  if (const std::int64_t left = count - i; left > 0) {
+    lanes = select(first_lanes(left), fma(load_first(a + i, left), load_first(b + i, left), lanes), lanes);
+  }
   return fold(lanes);
-}
-
-inline float dot(const float* a, const float* b, std::int64_t count) {
-  const auto load_a = [&](std::int64_t i) { return load(a + i); };
-  const auto load_b = [&](std::int64_t i) { return load(b + i); };
-  const auto tail_a = [&](std::int64_t i, std::int64_t left) { return load_first(a + i, left); };
-  const auto tail_b = [&](std::int64_t i, std::int64_t left) { return load_first(b + i, left); };
-  return dot_of(count, load_a, load_b, tail_a, tail_b);
 }
 
 }  // namespace

@@ -150,11 +150,6 @@ Decoder load_decoder(const DecoderConfig& config, Checkpoint& checkpoint, bitcor
   return Loader(config, checkpoint, verify).load();
 }
 
-std::int64_t out_features(const Linear& linear) {
-  if (const auto* layer = std::get_if<BitLinear>(&linear)) return layer->out_features();
-  return std::get<DenseTable>(linear).matrix.rows;
-}
-
 std::int64_t bytes_of(const Linear& linear) {
   if (const auto* layer = std::get_if<BitLinear>(&linear)) {
     const auto scale = layer->qweight_scale();

@@ -50,7 +50,6 @@ struct Decoder {
 /// @throws FileError for tensors that are missing, misshapen, damaged, or that the model does not have.
 Decoder load_decoder(const DecoderConfig& config, Checkpoint& checkpoint, bitcore::Verify verify);
 
-std::int64_t out_features(const Linear& linear);
 /// Of all bytes of its weight and scales.
 std::int64_t bytes_of(const Linear& linear);
 

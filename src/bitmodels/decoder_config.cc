@@ -177,8 +177,7 @@ void read_rope(const Object& config, DecoderConfig& decoder) {
   }
 }
 
-// ---- quantization_config
-// -----------------------------------------------------------------------------------------------
+// ---- quantization_config ------------------------------------------------------------------------------------------
 
 bitcore::BitQuantConfig quant_of(const Object& fields, bitcore::BitQuantConfig quant) {
   try {

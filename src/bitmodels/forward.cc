@@ -31,6 +31,9 @@ constexpr std::int64_t kUnitRows = 32;
 // Up to so many rows of a segment the blocks of a head are units of their own.
 constexpr std::int64_t kSplitRows = 2;
 
+// What a thread has of the scratch memory is a multiple of it, and begins on a cache line.
+constexpr auto kAlignedFloats = static_cast<std::int64_t>(bitcore::kCacheLine / sizeof(float));
+
 // Rows whose logits are computed together.
 constexpr std::int64_t kLogitRows = 32;
 
@@ -62,8 +65,9 @@ struct Buffers {
     logits = arena.take<float>(logit_rows > 1 ? chunk * info.vocab_size : 0);
     const std::int64_t group = info.num_heads / info.num_key_value_heads;
     unit_queries = std::min(kUnitRows, rows) * group;
-    for_unit_floats = bitlayers::scratch_floats(unit_queries) + unit_queries * (info.head_dim + 4);
-    scratch = arena.take<float>(threads * (for_unit_floats + 64));
+    for_unit_floats =
+        bitcore::round_up(bitlayers::scratch_floats(unit_queries) + unit_queries * (info.head_dim + 4), kAlignedFloats);
+    scratch = arena.take<float>(threads * for_unit_floats);
     pointers = arena.take<const float*>(threads * unit_queries * 2);
     visible = arena.take<std::int32_t>(threads * unit_queries);
     partials = arena.take<float>(split_partials * (info.head_dim + 2));
@@ -120,8 +124,7 @@ class Pass {
   }
 
  private:
-  // ---- rows
-  // ------------------------------------------------------------------------------------------------------------
+  // ---- rows -------------------------------------------------------------------------------------------------------
 
   // row(i) for every row; a row has so many elements.
   template <class Row>
@@ -186,8 +189,7 @@ class Pass {
     return *std::prev(after);
   }
 
-  // ---- phases
-  // ----------------------------------------------------------------------------------------------------------
+  // ---- phases -----------------------------------------------------------------------------------------------------
 
   void embed() {
     std::atomic<bool> invalid{false};
@@ -275,8 +277,7 @@ class Pass {
     }
   }
 
-  // ---- attention
-  // -------------------------------------------------------------------------------------------------------
+  // ---- attention --------------------------------------------------------------------------------------------------
 
   // The units of attention are the same in every layer. Where there are few, the blocks of long contexts are units of
   // their own.
@@ -338,8 +339,7 @@ class Pass {
     memory.q = b_->pointers + thread * b_->unit_queries * 2;
     memory.out = const_cast<float**>(memory.q + b_->unit_queries);
     memory.visible = b_->visible + thread * b_->unit_queries;
-    float* floats = b_->scratch + thread * (b_->for_unit_floats + 64);
-    floats += (64 - reinterpret_cast<std::uintptr_t>(floats) % 64) % 64 / sizeof(float);
+    float* floats = b_->scratch + thread * b_->for_unit_floats;
     memory.scratch = floats;
     floats += bitlayers::scratch_floats(b_->unit_queries);
     memory.block_out = floats;
@@ -460,8 +460,7 @@ class Pass {
     }
   }
 
-  // ---- logits
-  // ----------------------------------------------------------------------------------------------------------
+  // ---- logits -----------------------------------------------------------------------------------------------------
 
   void final_norm(const WantedRow& wanted, float* out) const {
     f_.rms_norm(b_->hidden + wanted.row * info_.hidden_size, model_.decoder.final_norm.data(), info_.hidden_size,
@@ -510,6 +509,7 @@ class Pass {
     if (head != nullptr && logit_rows > 0) bytes = std::max(bytes, head->workspace_size(logit_rows, options));
     return bytes;
   }
+
   const Model& model_;
   const LanguageModelInfo& info_;
   const DecoderConfig& config_;

@@ -15,7 +15,8 @@ namespace bitmodels::detail {
 /// Rapids), although the weights were then read once instead of four times.
 inline constexpr std::int64_t kMostRows = 128;
 
-/// Puts the tokens of workspace.segments into their caches, where there is room, and computes workspace.logits.
+/// Puts the tokens of workspace.segments into their caches, where there is room, and computes workspace.logits and
+/// .hidden.
 /// @return false if it was cancelled.
 bool run_pass(const Model& model, Workspace& workspace, bitcore::Executor& executor,
               const std::atomic<bool>* cancelled);

@@ -249,8 +249,7 @@ bitlayers::CacheForm form_of(CacheForm form) {
 using detail::Model;
 using detail::SessionState;
 
-// ---- Session
-// -----------------------------------------------------------------------------------------------------------
+// ---- Session ------------------------------------------------------------------------------------------------------
 
 Session::Session(std::unique_ptr<SessionState> state) : state_(std::move(state)) {}
 Session::~Session() = default;
@@ -287,8 +286,7 @@ Session Session::fork() const {
   return Session(std::move(state));
 }
 
-// ---- LanguageModel
-// -----------------------------------------------------------------------------------------------------
+// ---- LanguageModel ------------------------------------------------------------------------------------------------
 
 LanguageModel::LanguageModel(std::shared_ptr<const Model> model) : model_(std::move(model)) {}
 

@@ -100,7 +100,7 @@ Token Sampler::draw(std::span<float> logits) {
   const SamplingParameters& p = parameters_;
   const float largest = logits[static_cast<std::size_t>(greedy(logits))];
   if (largest == std::numeric_limits<float>::infinity()) return greedy(logits);
-  // The candidates, largest first; equal ones by their id.
+  // The candidates, by their ids: here, and after each step that leaves some out.
   order_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i) {
     logits[i] = (logits[i] - largest) / p.temperature;

@@ -1,7 +1,6 @@
 // Many threads at once: forward on shared weights, on every kernel, while kernels come and go; and first uses that
 // meet. ThreadSanitizer runs these (tests/builds).
 #include <atomic>
-#include <barrier>
 #include <memory>
 
 #include "bitcore/kernels/registry.h"
@@ -13,6 +12,7 @@ namespace {
 
 using testing::bits_of;
 using testing::Floats;
+using testing::on_threads;
 using testing::random_floats;
 
 // Enough multiply-adds for forward to use both threads of a pool.
@@ -44,20 +44,6 @@ std::vector<std::string> kernels_for(const BitQuantConfig& config) {
     if (kernel->is_supported() && kernel->is_compatible_with(config)) names.emplace_back(kernel->name());
   }
   return names;
-}
-
-// Runs `work(i)` on `count` threads that start together.
-template <class Work>
-void on_threads(int count, const Work& work) {
-  std::barrier start(count);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      start.arrive_and_wait();
-      work(i);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
 }
 
 // Computes nothing: it is there to be registered and removed.

@@ -42,26 +42,13 @@ namespace {
 using testing::bits_of;
 using testing::expect_error;
 using testing::Floats;
+using testing::on_threads;
 using testing::random_floats;
 
 std::vector<int> calls_of_each_task(Executor& executor, int count) {
   std::vector<std::atomic<int>> calls(static_cast<std::size_t>(count));
   executor.run(count, [&](int task) { ++calls[static_cast<std::size_t>(task)]; });
   return {calls.begin(), calls.end()};
-}
-
-// Runs `work(i)` on `count` threads that start together.
-template <class Work>
-void on_threads(int count, const Work& work) {
-  std::barrier start(count);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      start.arrive_and_wait();
-      work(i);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
 }
 
 TEST(ThreadPool, RunsEveryTaskOnce) {

@@ -1,8 +1,9 @@
-// What the C++ tests share: random matrices, error checks.
+// What the C++ tests share: random matrices, threads, error checks.
 #pragma once
 
 #include <gtest/gtest.h>
 
+#include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -44,6 +45,20 @@ inline std::vector<std::uint32_t> bits_of(const Floats& values) {
   for (const float value : values)
     bits.push_back(std::isnan(value) ? 0x7fc00000u : std::bit_cast<std::uint32_t>(value));
   return bits;
+}
+
+/// Runs `work(i)` on `count` threads that start together.
+template <class Work>
+void on_threads(int count, const Work& work) {
+  std::barrier start(count);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < count; ++i) {
+    threads.emplace_back([&, i] {
+      start.arrive_and_wait();
+      work(i);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 /// All configs without groups, and of those with groups one of each kind: what slow tests go through.

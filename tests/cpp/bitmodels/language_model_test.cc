@@ -40,6 +40,7 @@ using bitcore::ThreadPool;
 using bitcore::testing::bits_of;
 using bitcore::testing::expect_error;
 using bitcore::testing::Floats;
+using bitcore::testing::on_threads;
 using testing::Table;
 using testing::TinyModel;
 using Tokens = std::vector<Token>;
@@ -48,8 +49,7 @@ constexpr CacheForm kForms[] = {CacheForm::float16, CacheForm::float32, CacheFor
 constexpr auto kInt8 = bitcore::ActivationDtype::int8;
 constexpr auto kFloat32 = bitcore::ActivationDtype::float32;
 
-// ---- models
-// ----------------------------------------------------------------------------------------------------------
+// ---- models -------------------------------------------------------------------------------------------------------
 
 // A model, and the hashes of its logits by the cache's form. They are the same on every CPU.
 struct Kind {
@@ -155,8 +155,7 @@ LanguageModel open(const Kind& kind, std::string_view kernel = {}) {
 
 LanguageModel llama() { return open(kinds()[0]); }
 
-// ---- what they compute
-// -----------------------------------------------------------------------------------------------
+// ---- what they compute --------------------------------------------------------------------------------------------
 
 constexpr std::int64_t kCount = 40;
 
@@ -205,22 +204,7 @@ Floats rows_from(const LanguageModel& model, const Floats& logits, std::int64_t 
   return Floats(logits.begin() + first * model.info().vocab_size, logits.end());
 }
 
-// Runs `work(i)` on `count` threads that start together.
-template <class Work>
-void on_threads(int count, const Work& work) {
-  std::barrier start(count);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      start.arrive_and_wait();
-      work(i);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
-// ---- one hash
-// --------------------------------------------------------------------------------------------------------
+// ---- one hash -----------------------------------------------------------------------------------------------------
 
 class LanguageModelEveryKernel : public ::testing::TestWithParam<std::string> {
  protected:
@@ -276,8 +260,7 @@ std::vector<std::string> kernel_names() {
 INSTANTIATE_TEST_SUITE_P(All, LanguageModelEveryKernel, ::testing::ValuesIn(kernel_names()),
                          [](const auto& test) { return test.param; });
 
-// ---- sessions
-// --------------------------------------------------------------------------------------------------------
+// ---- sessions -----------------------------------------------------------------------------------------------------
 
 // Seven others in the same call: prompts and single tokens, at other positions.
 TEST(LanguageModelSessions, CompanyDoesNotMatter) {
@@ -483,8 +466,7 @@ TEST(LanguageModelSessions, Info) {
   EXPECT_GT(granite.info().weight_bytes, 0);
 }
 
-// ---- threads
-// ---------------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------------------------
 
 // What a session answers next to tokens of its own: another hash if anything in it has changed.
 std::uint64_t next_answer(const LanguageModel& model, const Session& session) {
@@ -653,8 +635,7 @@ TEST(LanguageModelThreads, CancelledAtAnyMoment) {
   EXPECT_EQ(session.position(), 10);
 }
 
-// ---- memory
-// ----------------------------------------------------------------------------------------------------------
+// ---- memory -------------------------------------------------------------------------------------------------------
 
 // Each allocation fails once, on whichever thread it happens.
 template <class Call>
@@ -748,8 +729,7 @@ TEST(LanguageModelMemory, ATokenAllocatesNothing) {
   }
 }
 
-// ---- refusals
-// --------------------------------------------------------------------------------------------------------
+// ---- refusals -----------------------------------------------------------------------------------------------------
 
 TEST(LanguageModelErrors, Inputs) {
   const LanguageModel model = llama(), other = open(kind_of("Granite"));
@@ -976,8 +956,7 @@ TEST(LanguageModelErrors, Indexes) {
   expect_error<FileError>([&] { LanguageModel::open(folder.string()); }, {"which another file has, too"});
 }
 
-// ---- sampler
-// ---------------------------------------------------------------------------------------------------------
+// ---- sampler ------------------------------------------------------------------------------------------------------
 
 TEST(LanguageModelSampler, Philox) {
   const Philox zeros(0, 0, 0);  // The known answer of its authors.
